@@ -1,0 +1,45 @@
+"""What all sections of a run configuration share: strict, closed, immutable."""
+
+from typing import Annotated, TypeVar
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
+
+# Sizes end up in 32-bit kernel arguments and collective counts; larger ones are a typing mistake.
+MAX_SIZE = 2**31 - 1
+
+Positive = Annotated[int, Field(ge=1, le=MAX_SIZE)]
+NonNegative = Annotated[int, Field(ge=0, le=MAX_SIZE)]
+PositiveReal = Annotated[float, Field(gt=0)]
+NonNegativeReal = Annotated[float, Field(ge=0)]
+
+
+def _usable_path(path: str) -> str:
+    if not path.strip():
+        raise ValueError("given an empty path; write a path, or null where the field is optional")
+    if "\0" in path:
+        raise ValueError("the path contains a NUL character, which no file system allows; remove it")
+    return path
+
+
+PathString = Annotated[str, AfterValidator(_usable_path)]
+
+T = TypeVar("T")
+
+
+def _list_as_tuple(value: object) -> object:
+    return tuple(value) if isinstance(value, list) else value
+
+
+# YAML has lists only; strict validation would refuse them for a tuple.
+Pair = Annotated[tuple[T, T], BeforeValidator(_list_as_tuple)]
+
+
+class Section(BaseModel):
+    """Base of every section: unknown keys, wrong types, infinities and NaN are refused; objects are immutable.
+
+    The docstring below a field is its documentation (meaning, units, allowed values).
+    """
+
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, strict=True, allow_inf_nan=False, use_attribute_docstrings=True, protected_namespaces=()
+    )

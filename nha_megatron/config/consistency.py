@@ -1,0 +1,101 @@
+"""Checks that need more than one section: sizes that must divide each other, and steps that must fit the run.
+
+Each check is a function whose parameters are named after the sections it reads; it runs when these sections are valid, so that one
+message can list every problem of a file.
+"""
+
+import inspect
+from collections.abc import Callable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .data import DataConfig
+    from .model import ModelConfig
+    from .parallel import ParallelConfig
+    from .run import OptimizerConfig, TrainingConfig
+
+Check = Callable[..., Iterator[str]]
+
+
+def run_checks(checks: list[Check], sections: Mapping[str, Any]) -> list[str]:
+    """Messages of all checks whose sections are there."""
+    messages: list[str] = []
+    for check in checks:
+        names = list(inspect.signature(check).parameters)
+        if all(name in sections for name in names):
+            messages += check(*(sections[name] for name in names))
+    return messages
+
+
+def problems(sections: Mapping[str, Any]) -> list[str]:
+    """Everything that does not fit together among the valid sections."""
+    return run_checks([_tensor_sizes, _sequence_sizes, _pipeline_sizes, _batch_sizes, _schedule_sizes, _validation], sections)
+
+
+def _tensor_sizes(model: "ModelConfig", parallel: "ParallelConfig") -> Iterator[str]:
+    sizes = {
+        "model.num_kv_heads": model.num_kv_heads,
+        "model.ffn_hidden_size": model.ffn_hidden_size,
+        "the vocabulary padded to a multiple of 128,": model.padded_vocab_size,
+    }
+    for name, size in sizes.items():
+        if size % parallel.tensor:
+            yield f"{name} {size} is not a multiple of parallel.tensor {parallel.tensor}, which splits it; change one of them"
+
+
+def _sequence_sizes(data: "DataConfig", parallel: "ParallelConfig") -> Iterator[str]:
+    parts = parallel.context * (parallel.tensor if parallel.sequence else 1)
+    if data.sequence_length % parts:
+        why = f"parallel.context {parallel.context}" + (f" x parallel.tensor {parallel.tensor}" if parallel.sequence else "")
+        yield f"data.sequence_length {data.sequence_length} is not a multiple of {why}; change one of them"
+
+
+def _pipeline_sizes(model: "ModelConfig", parallel: "ParallelConfig") -> Iterator[str]:
+    chunks = parallel.pipeline * (parallel.virtual_pipeline or 1)
+    if model.num_layers % chunks:
+        why = f"parallel.pipeline {parallel.pipeline}"
+        why += f" x parallel.virtual_pipeline {parallel.virtual_pipeline}" if parallel.virtual_pipeline else ""
+        yield f"model.num_layers {model.num_layers} is not a multiple of {why}; change one of them"
+    if parallel.virtual_pipeline is not None and parallel.pipeline == 1:
+        yield "parallel.virtual_pipeline is given, but parallel.pipeline is 1; remove it or use several pipeline ranks"
+    if parallel.sequence and parallel.tensor == 1:
+        yield "parallel.sequence is true, but parallel.tensor is 1, so there is nothing to split; set it to false or use several tensor ranks"
+
+
+def _batch_sizes(training: "TrainingConfig") -> Iterator[str]:
+    if training.global_batch_size % training.micro_batch_size:
+        yield (
+            f"training.global_batch_size {training.global_batch_size} is not a multiple of training.micro_batch_size "
+            f"{training.micro_batch_size}; change one of them"
+        )
+
+
+def _schedule_sizes(training: "TrainingConfig", optimizer: "OptimizerConfig") -> Iterator[str]:
+    used = optimizer.warmup_steps + (optimizer.decay_steps or 0)
+    if used > training.steps:
+        what = "optimizer.warmup_steps" + (" + optimizer.decay_steps" if optimizer.decay_steps else "")
+        yield f"{what} is {used}, more than training.steps {training.steps}; shorten the schedule or train longer"
+
+
+def _validation(data: "DataConfig", training: "TrainingConfig") -> Iterator[str]:
+    if training.validate_every is not None and data.validation is None:
+        yield "training.validate_every is given, but data.validation is not; name the validation token files or remove validate_every"
+
+
+def world_problems(training: "TrainingConfig", parallel: "ParallelConfig", data_size: int) -> list[str]:
+    """What a data-parallel size does not fit: the batch, and the interleaved schedule's count of micro batches."""
+    found = []
+    per_pass = training.micro_batch_size * data_size
+    micro_batches, rest = divmod(training.global_batch_size, per_pass)
+    if rest:
+        found.append(
+            f"training.global_batch_size {training.global_batch_size} is not a multiple of training.micro_batch_size "
+            f"{training.micro_batch_size} x data-parallel size {data_size} = {per_pass}; change the batch, or start fewer or more ranks"
+        )
+    # Megatron's interleaved schedule runs micro batches in groups of the pipeline size and refuses a smaller last group.
+    elif parallel.virtual_pipeline is not None and micro_batches % parallel.pipeline:
+        found.append(
+            f"{micro_batches} micro batches a step are not a multiple of parallel.pipeline {parallel.pipeline}, which the interleaved schedule "
+            "(parallel.virtual_pipeline) needs; change training.global_batch_size or remove virtual_pipeline"
+        )
+    return found

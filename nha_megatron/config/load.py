@@ -1,0 +1,171 @@
+"""From a YAML file and `section.key=value` overrides to a validated `RunConfig`, and back."""
+
+import difflib
+import os
+import re
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from . import consistency, refusals
+from .errors import ConfigError, problems_message
+from .messages import validation_messages
+from .run import RunConfig
+
+
+class _Loader(yaml.SafeLoader):
+    """The safe loader, refusing duplicate keys, and reading 3e-4 as a number as YAML 1.2 does (YAML 1.1 reads a string)."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: dict[str, int] = {}
+        for key_node, _ in node.value:
+            if not isinstance(key_node, yaml.ScalarNode) or key_node.tag == "tag:yaml.org,2002:merge":
+                continue
+            line = key_node.start_mark.line + 1
+            if key_node.value in seen:
+                raise ConfigError(f"key {key_node.value!r} stands twice, in lines {seen[key_node.value]} and {line}; remove one")
+            seen[key_node.value] = line
+        return super().construct_mapping(node, deep)
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?(?:[0-9][0-9_]*)(?:\.[0-9_]*)?[eE][-+]?[0-9]+", re.X), list("-+0123456789")
+)
+
+
+def load_yaml(text: str) -> Any:
+    """Plain data of a YAML text. Raises `ConfigError` with one message when it cannot be read."""
+    try:
+        return yaml.load(text, Loader=_Loader)  # noqa: S506 (a subclass of the safe loader)
+    except ConfigError:
+        raise
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f" in line {mark.line + 1}, column {mark.column + 1}" if mark else ""
+        what = " ".join(str(getattr(error, "problem", None) or error).split())
+        raise ConfigError(f"not valid YAML{where}: {what}") from None
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"not valid YAML: {error}") from None
+
+
+def load_config(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> RunConfig:
+    """Read a YAML file, apply overrides such as `training.steps=100` in order, and validate.
+
+    Raises `ConfigError` with one message that lists every problem.
+    """
+    data = _read_mapping(Path(path))
+    for override in overrides:
+        _apply_override(data, override)
+    return parse_config(data, source=str(path))
+
+
+def parse_config(data: Mapping[str, Any], source: str = "configuration") -> RunConfig:
+    """Validate plain data. Raises `ConfigError` with one message that lists every problem; `source` names the data in it."""
+    try:
+        return RunConfig.model_validate(dict(data))
+    except ValidationError as error:
+        messages = validation_messages(error, RunConfig)
+        if not any(detail["loc"] == () for detail in error.errors()):
+            # A faulty section stops the checks across sections: run those that do not need it.
+            sections = _valid_sections(data)
+            messages += consistency.problems(sections) + refusals.problems(sections)
+        raise ConfigError(problems_message(source, messages)) from None
+
+
+def with_overrides(config: RunConfig, overrides: Sequence[str]) -> RunConfig:
+    """A new configuration with overrides applied, validated again."""
+    data = config.model_dump(mode="json")
+    for override in overrides:
+        _apply_override(data, override)
+    return parse_config(data)
+
+
+def dump_config(config: RunConfig) -> str:
+    """The resolved configuration, every default written out, as YAML."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+
+
+def save_resolved(config: RunConfig, path: str | os.PathLike[str]) -> None:
+    """Write the resolved configuration; `load_config` of the file gives an equal object. The file is complete or absent."""
+    target = Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile("w", encoding="utf-8", dir=target.parent, prefix=f".{target.name}.", delete=False) as file:
+        try:
+            file.write(dump_config(config))
+            file.flush()
+            os.fsync(file.fileno())
+            os.replace(file.name, target)
+        except BaseException:
+            os.unlink(file.name)
+            raise
+
+
+def _read_mapping(path: Path) -> dict[str, Any]:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: no such file{_similar_file(path)}") from None
+    except UnicodeDecodeError:
+        raise ConfigError(f"{path}: not a text file in UTF-8; give a YAML configuration") from None
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
+    try:
+        data = load_yaml(text)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from None
+    if data is None:
+        raise ConfigError(f"{path}: the file is empty; it needs the sections {', '.join(RunConfig.model_fields)}")
+    if not isinstance(data, dict):
+        raise ConfigError(
+            f"{path}: given a {type(data).__name__} at the top, must be a mapping of sections: {', '.join(RunConfig.model_fields)}"
+        )
+    return data
+
+
+def _similar_file(path: Path) -> str:
+    names = [entry.name for entry in path.parent.glob("*.y*ml")] if path.parent.is_dir() else []
+    close = difflib.get_close_matches(path.name, names, n=1)
+    return f"; did you mean {str(path.parent / close[0])!r}?" if close else ""
+
+
+def _apply_override(data: dict[str, Any], override: str) -> None:
+    """Set one value in place; mappings on the way are made when absent."""
+    name, equals, text = override.partition("=")
+    keys = name.strip().split(".")
+    if not equals or len(keys) < 2 or not all(keys):
+        homes = [section for section, field in RunConfig.model_fields.items() if keys[0] in _fields(field.annotation)]
+        example = f"{homes[0]}.{keys[0]}={text}" if homes else "training.steps=100"
+        raise ConfigError(f"override {override!r}: write section.key=value, such as {example}")
+    try:
+        value = load_yaml(text)
+    except ConfigError as error:
+        raise ConfigError(f"override {override!r}: {error}") from None
+    target: Any = data
+    for depth, key in enumerate(keys[:-1]):
+        if target.get(key) is None:
+            target[key] = {}
+        target = target[key]
+        if not isinstance(target, dict):
+            raise ConfigError(f"override {override!r}: {'.'.join(keys[: depth + 1])} is not a mapping; override it as a whole")
+    target[keys[-1]] = value
+
+
+def _fields(annotation: Any) -> Mapping[str, Any]:
+    return annotation.model_fields if isinstance(annotation, type) and issubclass(annotation, BaseModel) else {}
+
+
+def _valid_sections(data: Mapping[str, Any]) -> dict[str, Any]:
+    valid = {}
+    for name, field in RunConfig.model_fields.items():
+        section = field.annotation
+        assert section is not None and issubclass(section, BaseModel)
+        if name in data or not field.is_required():
+            try:
+                valid[name] = section.model_validate(data.get(name, {}))
+            except ValidationError:
+                continue
+    return valid

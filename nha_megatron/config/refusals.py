@@ -1,0 +1,89 @@
+"""What the configuration can say but the system cannot do yet: refused with the reason and the alternative.
+
+Each refusal is one function; delete it together with its test when the feature arrives.
+"""
+
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+from .consistency import run_checks
+
+if TYPE_CHECKING:
+    from .data import DataConfig
+    from .model import ModelConfig
+    from .parallel import ParallelConfig
+    from .run import CheckpointConfig, TrainingConfig
+
+
+def problems(sections: Mapping[str, Any]) -> list[str]:
+    """One message for each thing asked for that is not supported, among the valid sections."""
+    checks = [
+        _wide_windows_under_context,
+        _full_layers_under_context,
+        _documents_under_context,
+        _context_communication,
+        _best_fit_packing,
+        _deepspeed,
+        _stages,
+        _asynchronous_checkpoints,
+    ]
+    return run_checks(checks, sections)
+
+
+def _wide_windows_under_context(model: "ModelConfig", data: "DataConfig", parallel: "ParallelConfig") -> Iterator[str]:
+    shard = data.sequence_length // parallel.context
+    widest = max((window for window in model.windows if window is not None), default=0)
+    if parallel.context > 1 and widest > shard:
+        yield (
+            f"model.window {widest} is wider than a context shard of {shard} tokens (data.sequence_length {data.sequence_length} / "
+            f"parallel.context {parallel.context}); not supported yet, because the window would reach past the neighbouring rank: "
+            "use a narrower window, a longer sequence or fewer context ranks"
+        )
+
+
+def _full_layers_under_context(model: "ModelConfig", parallel: "ParallelConfig") -> Iterator[str]:
+    count = sum(window is None for window in model.windows)
+    if parallel.context > 1 and count:
+        yield (
+            f"model.window has {count} `full` layers and parallel.context is {parallel.context}; not supported yet, because global attention "
+            "needs every rank's keys and values: use parallel.context 1 or windows of finite width"
+        )
+
+
+def _documents_under_context(data: "DataConfig", parallel: "ParallelConfig") -> Iterator[str]:
+    if data.packing == "concat" and parallel.context > 1:
+        yield (
+            f"data.packing concat with parallel.context {parallel.context}; not supported yet, because document boundaries would have to cut "
+            "the exchange between ranks: use packing none or parallel.context 1"
+        )
+
+
+def _context_communication(parallel: "ParallelConfig") -> Iterator[str]:
+    if parallel.cp_comm_type != "auto":
+        yield (
+            f"parallel.cp_comm_type {parallel.cp_comm_type}; not supported yet, because only `full` layers under context parallelism read it, "
+            "and these are not supported yet either: use auto"
+        )
+
+
+def _best_fit_packing(data: "DataConfig") -> Iterator[str]:
+    if data.packing == "best_fit":
+        yield "data.packing best_fit; not supported yet, because no packer is there: use concat, which isolates documents too"
+
+
+def _deepspeed(training: "TrainingConfig") -> Iterator[str]:
+    if training.engine == "deepspeed":
+        yield "training.engine deepspeed; not supported yet, because no ZeRO engine is there: use megatron, whose optimizer state is sharded too"
+
+
+def _stages(training: "TrainingConfig") -> Iterator[str]:
+    if training.stages is not None:
+        yield (
+            "training.stages; not supported yet, because length, batch and data are fixed for a run: remove it, and start a second run with "
+            "model.init_from for the next stage"
+        )
+
+
+def _asynchronous_checkpoints(checkpoint: "CheckpointConfig") -> Iterator[str]:
+    if checkpoint.asynchronous:
+        yield "checkpoint.asynchronous true; not supported yet, because no background writer is there: set it to false"
