@@ -91,3 +91,18 @@ def state_bytes(model: "ModelConfig", length: int | None = None, element_bytes: 
         total += STATE_BYTES * heads * slots * (2 * dim + 1)
         total += rows * heads * (2 * dim * element_bytes + slots * STATE_BYTES)
     return total
+
+
+def context_parallel_bytes(
+    model: "ModelConfig", window: int, shard_length: int, *, tensor: int = 1, micro_batch_size: int = 1, element_bytes: int = 2
+) -> int:
+    """Bytes that a rank announces in the forward of one layer; the backward sends as many back.
+
+    Halo: raw keys, values (`element_bytes`) and log-gates (fp32) of the last W tokens. Slot summary: decay and update in fp32 for up to
+    two pieces of the shard, its first L - m and its last m tokens with m = W mod L. Independent of the context length.
+    """
+    heads, slots, dim = model.num_kv_heads // tensor, model.num_slots, model.head_dim
+    pieces = 2 if window % shard_length else 1
+    halo = window * heads * (2 * dim * element_bytes + slots * STATE_BYTES)
+    summary = pieces * heads * slots * (2 * dim + 1) * STATE_BYTES
+    return micro_batch_size * (halo + summary)

@@ -59,7 +59,7 @@ def _pipeline_sizes(model: "ModelConfig", parallel: "ParallelConfig") -> Iterato
     if parallel.virtual_pipeline is not None and parallel.pipeline == 1:
         yield "parallel.virtual_pipeline is given, but parallel.pipeline is 1; remove it or use several pipeline ranks"
     if parallel.sequence and parallel.tensor == 1:
-        yield "parallel.sequence is true, but parallel.tensor is 1, so there is nothing to split; set it to false or use several tensor ranks"
+        yield "parallel.sequence is true, but parallel.tensor is 1: nothing to split; set it to false or use several tensor ranks"
 
 
 def _batch_sizes(training: "TrainingConfig") -> Iterator[str]:
@@ -95,7 +95,7 @@ def world_problems(training: "TrainingConfig", parallel: "ParallelConfig", data_
     # Megatron's interleaved schedule runs micro batches in groups of the pipeline size and refuses a smaller last group.
     elif parallel.virtual_pipeline is not None and micro_batches % parallel.pipeline:
         found.append(
-            f"{micro_batches} micro batches a step are not a multiple of parallel.pipeline {parallel.pipeline}, which the interleaved schedule "
-            "(parallel.virtual_pipeline) needs; change training.global_batch_size or remove virtual_pipeline"
+            f"{micro_batches} micro batches a step are not a multiple of parallel.pipeline {parallel.pipeline}, which the interleaved "
+            "schedule (parallel.virtual_pipeline) needs; change training.global_batch_size or remove virtual_pipeline"
         )
     return found

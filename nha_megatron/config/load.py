@@ -40,7 +40,7 @@ _Loader.add_implicit_resolver(
 def load_yaml(text: str) -> Any:
     """Plain data of a YAML text. Raises `ConfigError` with one message when it cannot be read."""
     try:
-        return yaml.load(text, Loader=_Loader)  # noqa: S506 (a subclass of the safe loader)
+        return yaml.load(text, Loader=_Loader)  # a subclass of the safe loader
     except ConfigError:
         raise
     except yaml.YAMLError as error:
@@ -69,8 +69,8 @@ def parse_config(data: Mapping[str, Any], source: str = "configuration") -> RunC
         return RunConfig.model_validate(dict(data))
     except ValidationError as error:
         messages = validation_messages(error, RunConfig)
-        if not any(detail["loc"] == () for detail in error.errors()):
-            # A faulty section stops the checks across sections: run those that do not need it.
+        if any(detail["loc"] for detail in error.errors()):
+            # A faulty section stopped the checks across sections: run those that do not need it.
             sections = _valid_sections(data)
             messages += consistency.problems(sections) + refusals.problems(sections)
         raise ConfigError(problems_message(source, messages)) from None

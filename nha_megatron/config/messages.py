@@ -1,7 +1,7 @@
 """Validation errors as sentences: what was given, what is allowed, what to change."""
 
 import difflib
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from pydantic import BaseModel, ValidationError
@@ -15,63 +15,74 @@ _TYPE_NAMES = {
     "tuple_type": "a list",
     "dict_type": "a mapping",
     "model_type": "a mapping",
-    "model_attributes_type": "a mapping",
 }
+# pydantic's error type -> (words, key of the bound in the error's context)
+_BOUNDS = {
+    "greater_than": ("greater than", "gt"),
+    "greater_than_equal": ("at least", "ge"),
+    "less_than": ("less than", "lt"),
+    "less_than_equal": ("at most", "le"),
+}
+Location = tuple[int | str, ...]
 
 
 def validation_messages(error: ValidationError, schema: type[BaseModel]) -> list[str]:
-    """One line for each problem, `section.key: ...`; the alternatives of a union are joined into one."""
-    grouped: dict[str, list[Any]] = {}
+    """One line for each problem, `section.key: ...`, in the order of the schema; the alternatives of a union are joined into one line."""
+    grouped: dict[Location, list[Any]] = {}
     for detail in error.errors(include_url=False):
-        grouped.setdefault(_name(detail["loc"]), []).append(detail)
+        grouped.setdefault(_keys(detail), []).append(detail)
+
     lines: list[str] = []
-    for name, details in grouped.items():
-        prefix = f"{name}: " if name else ""
-        types = [detail for detail in details if detail["type"] in _TYPE_NAMES]
-        if len(types) > 1:
-            expected = " or ".join(dict.fromkeys(_TYPE_NAMES[detail["type"]] for detail in types))
-            lines.append(f"{prefix}given {_given(types[0]['input'])}, must be {expected}")
-            details = [detail for detail in details if detail not in types]
+    for keys, details in grouped.items():
+        prefix = f"{'.'.join(map(str, keys))}: " if keys else ""
+        wrong_types = [detail for detail in details if detail["type"] in _TYPE_NAMES]
+        if wrong_types and not any(other[: len(keys)] == keys and len(other) > len(keys) for other in grouped):
+            # With an error further down, another alternative of the union was meant, and that error says what is wrong with it.
+            expected = " or ".join(dict.fromkeys(_TYPE_NAMES[detail["type"]] for detail in wrong_types))
+            lines.append(f"{prefix}given {_shown(wrong_types[0]['input'])}, must be {expected}")
         for detail in details:
-            lines += [prefix + line for line in _sentences(detail, schema)]
+            if detail not in wrong_types:
+                lines += [prefix + line for line in _sentences(detail, schema)]
     return lines
 
 
-def _name(location: Iterable[int | str]) -> str:
-    """Dotted name; the names of union alternatives that pydantic inserts are no keys of ours."""
-    parts = [str(part) for part in location if not (isinstance(part, str) and (part in ("int", "str") or "[" in part))]
-    return ".".join(parts)
+def _keys(detail: Any) -> Location:
+    """Location in the user's terms: without the names of union alternatives that pydantic inserts."""
+    *above, last = detail["loc"] or ("",)
+    keys = [part for part in above if not _is_alternative(part)]
+    if last != "" and (detail["type"] == "extra_forbidden" or not _is_alternative(last)):
+        keys.append(last)
+    return tuple(keys)
+
+
+def _is_alternative(part: int | str) -> bool:
+    return isinstance(part, str) and (part in ("int", "str") or "[" in part)
 
 
 def _sentences(detail: Any, schema: type[BaseModel]) -> list[str]:
     kind, given, context = detail["type"], detail["input"], detail.get("ctx", {})
     if kind == "extra_forbidden":
-        return [_unknown_key(detail["loc"], schema)]
+        return [_unknown_key(_keys(detail), schema)]
     if kind == "missing":
         return ["missing, and it has no default; add it"]
-    if kind == "value_error":
+    if kind == "value_error":  # raised by our own validators: complete sentences, one a line
         return str(context["error"]).splitlines()
     if kind == "literal_error":
-        close = difflib.get_close_matches(str(given), context["expected"].replace("'", "").replace(" or ", ", ").split(", "), n=1)
-        return [f"given {_given(given)}, allowed: {context['expected']}" + (f"; did you mean {close[0]!r}?" if close else "")]
-    if kind in _TYPE_NAMES:
-        return [f"given {_given(given)}, must be {_TYPE_NAMES[kind]}"]
-    bounds = {"greater_than": "gt", "greater_than_equal": "ge", "less_than": "lt", "less_than_equal": "le"}
-    if kind in bounds:
-        words = kind.replace("_equal", " or equal to").replace("_than or", " than or").replace("_than", " than").replace("_", " ")
-        if not words.endswith(("than", "to")):
-            words += " than"
-        return [f"given {_given(given)}, must be {words} {context[bounds[kind]]}"]
+        allowed = context["expected"].replace("'", "").replace(" or ", ", ").split(", ")
+        close = difflib.get_close_matches(str(given), allowed, n=1, cutoff=0.7)
+        return [f"given {_shown(given)}, allowed: {context['expected']}" + (f"; did you mean {close[0]!r}?" if close else "")]
+    if kind in _BOUNDS:
+        words, bound = _BOUNDS[kind]
+        return [f"given {_shown(given)}, must be {words} {_number(context[bound])}"]
     if kind == "finite_number":
-        return [f"given {_given(given)}, must be a finite number"]
-    return [f"given {_given(given)}: {detail['msg']}"]
+        return [f"given {_shown(given)}, must be a finite number"]
+    return [f"given {_shown(given)}: {detail['msg']}"]
 
 
-def _unknown_key(location: tuple[int | str, ...], schema: type[BaseModel]) -> str:
-    """Unknown key: the nearest known one, or the section the key belongs to, or all keys that are allowed."""
-    key = str(location[-1])
-    section = _section_at(location[:-1], schema)
-    known = list(section) if section is not None else []
+def _unknown_key(keys: Location, schema: type[BaseModel]) -> str:
+    """The nearest known key, or the section that has this key, or all keys that are allowed."""
+    key = str(keys[-1])
+    known = list(_fields_at(keys[:-1], schema))
     close = difflib.get_close_matches(key, known, n=1)
     if close:
         return f"unknown key; did you mean {close[0]!r}?"
@@ -81,16 +92,18 @@ def _unknown_key(location: tuple[int | str, ...], schema: type[BaseModel]) -> st
     return f"unknown key; allowed: {', '.join(known)}"
 
 
-def _section_at(location: tuple[int | str, ...], schema: type[BaseModel]) -> Mapping[str, Any] | None:
-    if not location:
+def _fields_at(keys: Location, schema: type[BaseModel]) -> Mapping[str, Any]:
+    if not keys:
         return schema.model_fields
-    field = schema.model_fields.get(str(location[0]))
-    fields = getattr(field.annotation, "model_fields", None) if field else None
-    if len(location) == 1 or fields is None:
-        return fields
-    return {"path": None, "weight": None}  # the only nested objects are the entries of a blend
+    if len(keys) == 1:
+        return getattr(schema.model_fields[str(keys[0])].annotation, "model_fields", {})
+    return dict.fromkeys(("path", "weight"))  # the only nested objects are the entries of a blend
 
 
-def _given(value: Any) -> str:
+def _number(value: Any) -> str:
+    return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
+
+
+def _shown(value: Any) -> str:
     text = repr(value)
     return text if len(text) <= 80 else text[:77] + "..."

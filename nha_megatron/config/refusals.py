@@ -45,24 +45,24 @@ def _full_layers_under_context(model: "ModelConfig", parallel: "ParallelConfig")
     count = sum(window is None for window in model.windows)
     if parallel.context > 1 and count:
         yield (
-            f"model.window has {count} `full` layers and parallel.context is {parallel.context}; not supported yet, because global attention "
-            "needs every rank's keys and values: use parallel.context 1 or windows of finite width"
+            f"model.window has {count} `full` layers and parallel.context is {parallel.context}; not supported yet, because global "
+            "attention needs every rank's keys and values: use parallel.context 1 or windows of finite width"
         )
 
 
 def _documents_under_context(data: "DataConfig", parallel: "ParallelConfig") -> Iterator[str]:
     if data.packing == "concat" and parallel.context > 1:
         yield (
-            f"data.packing concat with parallel.context {parallel.context}; not supported yet, because document boundaries would have to cut "
-            "the exchange between ranks: use packing none or parallel.context 1"
+            f"data.packing concat with parallel.context {parallel.context}; not supported yet, because document boundaries would have to "
+            "cut the exchange between ranks: use packing none or parallel.context 1"
         )
 
 
 def _context_communication(parallel: "ParallelConfig") -> Iterator[str]:
     if parallel.cp_comm_type != "auto":
         yield (
-            f"parallel.cp_comm_type {parallel.cp_comm_type}; not supported yet, because only `full` layers under context parallelism read it, "
-            "and these are not supported yet either: use auto"
+            f"parallel.cp_comm_type {parallel.cp_comm_type}; not supported yet, because only `full` layers under context parallelism read "
+            "it, and these are not supported yet either: use auto"
         )
 
 
@@ -73,14 +73,14 @@ def _best_fit_packing(data: "DataConfig") -> Iterator[str]:
 
 def _deepspeed(training: "TrainingConfig") -> Iterator[str]:
     if training.engine == "deepspeed":
-        yield "training.engine deepspeed; not supported yet, because no ZeRO engine is there: use megatron, whose optimizer state is sharded too"
+        yield "training.engine deepspeed; not supported yet, because no ZeRO engine is there: use megatron, which shards optimizer state too"
 
 
 def _stages(training: "TrainingConfig") -> Iterator[str]:
     if training.stages is not None:
         yield (
-            "training.stages; not supported yet, because length, batch and data are fixed for a run: remove it, and start a second run with "
-            "model.init_from for the next stage"
+            "training.stages; not supported yet, because length, batch and data are fixed for a run: remove it, and start a second "
+            "run with model.init_from for the next stage"
         )
 
 

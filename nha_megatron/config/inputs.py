@@ -1,0 +1,34 @@
+"""The files a run reads. A configuration is valid without them; a run is not."""
+
+from pathlib import Path
+
+from .errors import ConfigError, problems_message
+from .run import RunConfig
+
+TOKEN_FILE_SUFFIXES = (".bin", ".idx", ".json")
+
+
+def missing_inputs(config: RunConfig) -> list[str]:
+    """One message for each file or directory that the configuration names and that is not there."""
+    missing = []
+    blends = {"data.path": config.data.training_blend, "data.validation": config.data.validation_blend}
+    for key, blend in blends.items():
+        for entry in blend:
+            absent = [suffix for suffix in TOKEN_FILE_SUFFIXES if not Path(entry.path + suffix).is_file()]
+            if absent:
+                missing.append(
+                    f"{key} {entry.path!r}: no file {', '.join(entry.path + suffix for suffix in absent)}; "
+                    f"make it with tools/prepare_data.py, or override {key}"
+                )
+    directories = {"data.tokenizer": config.data.tokenizer, "model.init_from": config.model.init_from}
+    for key, directory in directories.items():
+        if directory is not None and not Path(directory).is_dir():
+            missing.append(f"{key} {directory!r}: no such directory; correct the path, or override {key}")
+    return missing
+
+
+def require_inputs(config: RunConfig) -> None:
+    """Raise `ConfigError` listing everything that is missing."""
+    missing = missing_inputs(config)
+    if missing:
+        raise ConfigError(problems_message(f"files not found (working directory {Path.cwd()})", missing))

@@ -1,0 +1,110 @@
+"""How much device memory the fullest rank needs, before anything is started.
+
+An estimate from sizes alone. Assumed:
+- weights in the training precision, gradients in fp32;
+- Adam's two moments in fp32, with bf16 an fp32 copy of the weights too, all sharded over data x context ranks (distributed optimizer);
+- a fused attention operator that keeps its inputs, its output and the log-sum-exp; the `torch` backend keeps more;
+- 1F1B or interleaved micro batches in flight, as Megatron's schedules keep them; logits once in the training precision and once in fp32.
+Not counted: communication buffers, the allocator's fragmentation, the CUDA context, kernel workspaces.
+"""
+
+from dataclasses import dataclass
+
+from . import arithmetic
+from .model import ModelConfig
+from .parallel import ParallelConfig
+from .run import RunConfig
+
+
+@dataclass(frozen=True)
+class RankMemory:
+    """Bytes on one rank of one pipeline stage (`stage` counts from 0)."""
+
+    stage: int
+    weights: int
+    gradients: int
+    optimizer: int
+    activations: int
+    logits: int
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.gradients + self.optimizer + self.activations + self.logits
+
+
+def estimate_memory(config: RunConfig, world_size: int) -> RankMemory:
+    """Memory of the fullest rank. Raises `ConfigError` when the world does not fit."""
+    stages = [_stage_memory(config, world_size, stage) for stage in range(config.parallel.pipeline)]
+    return max(stages, key=lambda memory: memory.total)
+
+
+def rank_parameters(model: ModelConfig, parallel: ParallelConfig, stage: int) -> int:
+    """Weights that one rank of a pipeline stage holds."""
+    replicated = 2 * model.hidden_size + (2 * model.head_dim if model.qk_norm == "rms" else 0)
+    layer = (arithmetic.layer_parameters(model) - replicated) // parallel.tensor + replicated
+    matrix = model.padded_vocab_size * model.hidden_size // parallel.tensor
+    first, last = stage == 0, stage == parallel.pipeline - 1
+    count = model.num_layers // parallel.pipeline * layer
+    count += matrix if first else 0
+    if last:
+        # A tied output matrix is the embedding itself on one stage, and a second copy of it on another.
+        count += model.hidden_size + (0 if model.tie_embeddings and first else matrix)
+    return count
+
+
+def layer_activation_bytes(config: RunConfig, recompute: str) -> int:
+    """Bytes that one layer keeps for the backward of one micro batch."""
+    model, parallel = config.model, config.parallel
+    element = _element_bytes(config)
+    tokens = config.training.micro_batch_size * config.data.sequence_length // parallel.context
+    residual_tokens = tokens // parallel.tensor if parallel.sequence else tokens
+    if recompute == "full":
+        return residual_tokens * model.hidden_size * element  # the input of the layer
+
+    residual = 4 * model.hidden_size * element  # inputs and outputs of both norms
+    query, key_value = model.num_heads * model.head_dim, model.num_kv_heads * model.head_dim
+    gates = model.num_kv_heads * model.num_slots
+    sharded = (query + 2 * key_value + gates + query) * element  # q, k, v, gate logits, input of the output projection
+    sharded += 3 * model.ffn_hidden_size * element  # gate, up and their product
+    if recompute == "none":
+        sharded += gates * arithmetic.STATE_BYTES + model.num_heads * 4  # log-gates, log-sum-exp
+        if model.value_activation == "silu":
+            sharded += key_value * element
+        if model.output_norm == "rms":
+            sharded += 2 * query * element  # operator output and its SiLU
+    return residual_tokens * residual + tokens * sharded // parallel.tensor
+
+
+def _stage_memory(config: RunConfig, world_size: int, stage: int) -> RankMemory:
+    model, parallel, training = config.model, config.parallel, config.training
+    element = _element_bytes(config)
+    parameters = rank_parameters(model, parallel, stage)
+    shards = config.check_world(world_size) * parallel.context
+    state = 8 if training.precision == "fp32" else 12
+
+    activations = _layers_in_flight(config, world_size, stage) * layer_activation_bytes(config, training.recompute)
+    if training.recompute != "none":
+        activations += layer_activation_bytes(config, "none")  # the layer that is being computed again
+    tokens = training.micro_batch_size * config.data.sequence_length // parallel.context
+    last = stage == parallel.pipeline - 1
+    return RankMemory(
+        stage=stage,
+        weights=parameters * element,
+        gradients=parameters * 4,
+        optimizer=parameters * state // shards,
+        activations=activations,
+        logits=tokens * model.padded_vocab_size // parallel.tensor * (element + 4) if last else 0,
+    )
+
+
+def _layers_in_flight(config: RunConfig, world_size: int, stage: int) -> int:
+    """Layers of micro batches whose backward has not run yet, at the fullest moment of the schedule."""
+    parallel, micro_batches = config.parallel, config.micro_batches(world_size)
+    chunks = parallel.virtual_pipeline or 1
+    after = parallel.pipeline - stage - 1
+    passes = after + 1 if chunks == 1 else 2 * after + (chunks - 1) * parallel.pipeline + 1
+    return min(passes, micro_batches * chunks) * (config.model.num_layers // (parallel.pipeline * chunks))
+
+
+def _element_bytes(config: RunConfig) -> int:
+    return 2 if config.training.precision == "bf16" else 4

@@ -1,0 +1,83 @@
+"""What `check` prints about a configuration."""
+
+from . import arithmetic
+from .inputs import missing_inputs
+from .load import dump_config
+from .memory import RankMemory, estimate_memory
+from .run import RunConfig
+from .windows import describe_windows
+
+
+def check_report(config: RunConfig, world_size: int | None = None) -> str:
+    """The resolved configuration as YAML, followed by facts about it; the whole text is valid YAML.
+
+    Without a world size the smallest world that fits is described. Raises `ConfigError` when the world does not fit.
+    """
+    world = config.parallel.model_ranks if world_size is None else world_size
+    facts = {
+        "model": _model_lines(config),
+        f"layout of {world} ranks" + ("" if world_size else ", the fewest"): _layout_lines(config, world),
+        "memory of the fullest rank, estimated": _memory_lines(estimate_memory(config, world)),
+        "not found (needed before pretrain)": missing_inputs(config),
+    }
+    comments = [line for title, lines in facts.items() if lines for line in ("#", f"# {title}", *(f"#   {line}" for line in lines))]
+    return dump_config(config) + "\n".join(comments)
+
+
+def _model_lines(config: RunConfig) -> list[str]:
+    model, length = config.model, config.data.sequence_length
+    lines = [
+        f"parameters: {model.num_parameters():,}, without embeddings {model.num_parameters(embeddings=False):,}",
+        f"window of the layers: {describe_windows(model.windows)}",
+        f"vocabulary: {model.vocab_size:,} tokens, padded to {model.padded_vocab_size:,}",
+        f"FLOPs a token, forward and backward: {model.flops_per_token(length):.4g} at length {length:,}",
+        f"state of one sequence of {length:,} tokens, bf16: {_size(model.state_bytes(length))}",
+    ]
+    return lines
+
+
+def _layout_lines(config: RunConfig, world: int) -> list[str]:
+    parallel, training, length = config.parallel, config.training, config.data.sequence_length
+    data = config.check_world(world)
+    tokens = training.global_batch_size * length
+    lines = [
+        f"tensor {parallel.tensor} x context {parallel.context} x data {data} x pipeline {parallel.pipeline}; tensor ranks are neighbours",
+        f"micro batches a rank and step: {config.micro_batches(world)} of {training.micro_batch_size} x {length // parallel.context:,} tokens",
+        f"tokens: {tokens:,} a step, {tokens * training.steps:,} in {training.steps:,} steps",
+    ]
+    if parallel.context > 1:
+        element = 2 if training.precision == "bf16" else 4
+        widths = [window for window in config.model.windows if window is not None]
+        sent = sum(
+            arithmetic.context_parallel_bytes(
+                config.model,
+                window,
+                length // parallel.context,
+                tensor=parallel.tensor,
+                micro_batch_size=training.micro_batch_size,
+                element_bytes=element,
+            )
+            for window in widths
+        )
+        lines.append(f"context parallelism: a rank announces {_size(sent // len(widths))} a layer and micro batch, at any length")
+    return lines
+
+
+def _memory_lines(memory: RankMemory) -> list[str]:
+    parts = {
+        "weights": memory.weights,
+        "gradients": memory.gradients,
+        "optimizer": memory.optimizer,
+        "activations": memory.activations,
+        "logits": memory.logits,
+    }
+    detail = ", ".join(f"{name} {_size(size)}" for name, size in parts.items())
+    return [f"{_size(memory.total)} on pipeline stage {memory.stage}: {detail}", "without communication buffers and fragmentation"]
+
+
+def _size(count: float) -> str:
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if count < 1024:
+            return f"{count:.4g} {unit}"
+        count /= 1024
+    return f"{count:.4g} TiB"
