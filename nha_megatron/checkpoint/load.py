@@ -1,0 +1,123 @@
+"""Reads a checkpoint: the newest sound one to resume a run from, or any one for its weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch.distributed as dist
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.core import CheckpointingException
+from megatron.core.dist_checkpointing.validation import StrictHandling
+from torch.distributed.checkpoint import CheckpointException
+
+from nha_megatron.checkpoint.collective import from_rank_zero, on_rank_zero
+from nha_megatron.checkpoint.files import CheckpointError, prepare_root, published_steps, step_directory
+from nha_megatron.checkpoint.manifest import Manifest, read_manifest, verify
+from nha_megatron.checkpoint.safety import require_plain_data
+from nha_megatron.checkpoint.state import Progress, restore_rng, rng_for_loading
+
+if TYPE_CHECKING:
+    from nha_megatron.engine.base import Engine
+
+# What megatron-core and torch raise when a state dict does not fit the files. CheckpointException is a BaseException.
+_MISFITS = (CheckpointException, CheckpointingException, KeyError, ValueError, AssertionError, RuntimeError)
+
+# Settings that a run keeps for life: a change would continue another model, or other data, under the same curve.
+_FIXED_IN_A_RUN = {
+    "model": None,
+    "data": ("sequence_length", "packing", "seed"),
+    "training": ("global_batch_size",),
+}
+_FREE_IN_MODEL = ("init_from", "init_std")
+
+
+def find_newest(root: Path, report: Callable[[str], None]) -> Path | None:
+    """The newest sound checkpoint below `root`, or None. Collective; every rank gets the same answer.
+
+    Leftovers of a crash are removed. Damaged checkpoints are skipped, and `report`ed in one line each.
+    """
+    on_rank_zero(f"checkpoint.path {root} cannot be used", lambda: prepare_root(root))
+    for step in reversed(from_rank_zero(published_steps(root))):
+        directory = step_directory(root, step)
+        try:
+            verify(directory, dist.group.WORLD)
+            return directory
+        except CheckpointError as error:
+            report(f"skipped: {error}")
+    return None
+
+
+def load_checkpoint(directory: Path, engine: Engine, config: dict[str, Any]) -> Progress:
+    """Continues a run: model, optimizer and random number generators of every rank, at any parallel layout. Collective.
+
+    Raises `CheckpointError` when the checkpoint belongs to another model or data order than `config`, or does not fit.
+    """
+    manifest = read_manifest(directory)
+    require_same_run(directory, manifest.config, config)
+    require_plain_data(directory)
+    state = engine.sharded_state_dict(is_loading=True)
+    state["rng_state"] = rng_for_loading(manifest.world_size)
+    try:
+        # RAISE_ALL: a tensor that only the checkpoint or only the model has is an error, not a default.
+        loaded = dist_checkpointing.load(state, str(directory), strict=StrictHandling.RAISE_ALL)
+    except _MISFITS as error:
+        raise CheckpointError(f"checkpoint {directory} does not fit this model: {_reason(error)}") from error
+    restore_rng(loaded.pop("rng_state"))
+    engine.load_state_dict(loaded)
+    return Progress(manifest.step, manifest.tokens)
+
+
+def load_weights(directory: Path, engine: Engine) -> None:
+    """Starts a new run from a checkpoint's weights: no optimizer state, no position. Collective.
+
+    Every weight of the model must be in the checkpoint with its shape, and every weight of the checkpoint must be used.
+    """
+    verify(directory, dist.group.WORLD)
+    require_plain_data(directory)
+    state = {name: part for name, part in engine.sharded_state_dict(is_loading=True).items() if name.startswith("model")}
+    try:
+        loaded, unused, absent = dist_checkpointing.load(state, str(directory), strict=StrictHandling.RETURN_ALL)
+    except _MISFITS as error:
+        raise CheckpointError(f"the weights of checkpoint {directory} do not fit this model: {_reason(error)}") from error
+    unused = {name for name in unused if is_weight(name)}
+    if absent or unused:
+        raise CheckpointError(
+            f"the weights of checkpoint {directory} do not fit this model: "
+            f"the model has no place for {_few(unused)}; the checkpoint lacks {_few(absent)}. Compare the `model` sections"
+        )
+    engine.load_state_dict(loaded)
+
+
+def is_weight(name: str) -> bool:
+    """Whether a tensor of a checkpoint is a model weight: the optimizer and the trainer name theirs with a prefix."""
+    return not name.startswith(("optimizer", "chained_", "rng_state", "common_state"))
+
+
+def require_same_run(directory: Path, saved: dict[str, Any], current: dict[str, Any]) -> None:
+    """Raises `CheckpointError` listing the settings in which a run differs from the checkpoint that it is to continue."""
+    differences = []
+    for section, names in _FIXED_IN_A_RUN.items():
+        before, now = saved.get(section, {}), current.get(section, {})
+        for name in names or sorted(set(before) | set(now)):
+            if section == "model" and name in _FREE_IN_MODEL:
+                continue
+            if before.get(name) != now.get(name):
+                differences.append(f"{section}.{name} was {before.get(name)!r}, is {now.get(name)!r}")
+    if differences:
+        raise CheckpointError(
+            f"this run cannot continue from {directory}: {'; '.join(differences)}. "
+            "Set them back, or start a new run in another logging.directory (model.init_from takes over the weights)"
+        )
+
+
+def _reason(error: BaseException) -> str:
+    text = " ".join(str(error).split())
+    return text if len(text) <= 400 else text[:400] + " ..."
+
+
+def _few(names: set[str]) -> str:
+    if not names:
+        return "nothing"
+    return ", ".join(sorted(names)[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")

@@ -1,0 +1,129 @@
+"""The manifest: what a checkpoint is, and how to tell whether it still is that.
+
+`manifest.json` names every other file of the folder with its size and sha256, and carries the run's position, its
+resolved configuration and the versions that wrote it. It is the last file written before the folder is published.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+from dataclasses import asdict, dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from nha_megatron.checkpoint.files import MANIFEST, CheckpointError, write_atomically
+
+FORMAT = "nha_megatron/torch_dist"
+FORMAT_VERSION = 1
+
+
+@dataclass(frozen=True)
+class FileEntry:
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """`files` maps each path below the checkpoint folder to its size and sha256 in hexadecimal; `config` is the resolved configuration."""
+
+    step: int
+    tokens: int
+    world_size: int
+    config: dict[str, Any]
+    versions: dict[str, str]
+    files: dict[str, FileEntry]
+    format: str = FORMAT
+    format_version: int = FORMAT_VERSION
+
+
+def write_manifest(directory: Path, manifest: Manifest) -> None:
+    write_atomically(directory / MANIFEST, json.dumps(asdict(manifest), indent=1) + "\n")
+
+
+def read_manifest(directory: Path) -> Manifest:
+    """Raises `CheckpointError` when there is no manifest, or it is not one this version reads."""
+    path = directory / MANIFEST
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if content["format"] != FORMAT or content["format_version"] != FORMAT_VERSION:
+            raise CheckpointError(
+                f"checkpoint {directory} has format {content['format']!r} version {content['format_version']}; "
+                f"this version reads {FORMAT!r} version {FORMAT_VERSION}"
+            )
+        files = {name: FileEntry(**entry) for name, entry in content.pop("files").items()}
+        return Manifest(files=files, **content)
+    except FileNotFoundError as error:
+        raise CheckpointError(f"checkpoint {directory} has no {MANIFEST}: it is incomplete, or not a checkpoint of nha_megatron") from error
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"checkpoint {directory}: {MANIFEST} is damaged ({type(error).__name__}: {error})") from error
+    except OSError as error:
+        raise CheckpointError(f"checkpoint {directory}: {MANIFEST} cannot be read: {error.strerror}") from error
+
+
+def verify(directory: str | Path, group: dist.ProcessGroup | None = None) -> Manifest:
+    """Checks that every file is there with its size and sha256, and returns the manifest.
+
+    With a process group, collective over it: each rank reads its share of the files and all come to the same answer.
+    Raises `CheckpointError` naming what is wrong.
+    """
+    directory = Path(directory)
+    manifest = read_manifest(directory)
+    rank, size = (dist.get_rank(group), dist.get_world_size(group)) if group is not None else (0, 1)
+    problems = _problems(directory, manifest, sorted(manifest.files)[rank::size])
+    if group is not None:
+        shares: list[list[str]] = [[] for _ in range(size)]
+        dist.all_gather_object(shares, problems, group=group)
+        problems = [problem for share in shares for problem in share]
+    if problems:
+        raise CheckpointError(f"checkpoint {directory} is damaged: {'; '.join(problems[:5])}{' ...' if problems[5:] else ''}")
+    return manifest
+
+
+def _problems(directory: Path, manifest: Manifest, names: list[str]) -> list[str]:
+    problems = []
+    for name in names:
+        expected = manifest.files[name]
+        path = directory / name
+        if not path.is_file():
+            problems.append(f"{name} is missing")
+        elif path.stat().st_size != expected.bytes:
+            problems.append(f"{name} has {path.stat().st_size} bytes instead of {expected.bytes}")
+        elif file_sha256(path) != expected.sha256:
+            problems.append(f"{name} has another content than was written (sha256 differs)")
+    return problems
+
+
+def describe_files(directory: Path, group: dist.ProcessGroup) -> dict[str, FileEntry]:
+    """Sizes and checksums of all files below a folder, each made durable first. Collective: every rank reads a share."""
+    rank, size = dist.get_rank(group), dist.get_world_size(group)
+    names = sorted(str(path.relative_to(directory)) for path in directory.rglob("*") if path.is_file())
+    own = {name: FileEntry((directory / name).stat().st_size, file_sha256(directory / name, sync=True)) for name in names[rank::size]}
+    shares: list[dict[str, FileEntry]] = [{} for _ in range(size)]
+    dist.all_gather_object(shares, own, group=group)
+    return {name: entry for share in shares for name, entry in share.items()}
+
+
+def file_sha256(path: Path, sync: bool = False) -> str:
+    """Checksum of a file's content in hexadecimal; with `sync`, the content is made durable before."""
+    with path.open("rb") as file:
+        if sync:
+            os.fsync(file.fileno())
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def versions() -> dict[str, str]:
+    """Versions of everything that decides what a checkpoint looks like."""
+    return {
+        "nha_megatron": metadata.version("nha-megatron"),
+        "megatron_core": metadata.version("megatron-core"),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+    }

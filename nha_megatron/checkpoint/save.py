@@ -1,0 +1,59 @@
+"""Writes a checkpoint: all ranks write aside, then rank 0 publishes it in one rename.
+
+    .step_N.partial/  <- Megatron's torch_dist files (all ranks)
+                      <- every file made durable and hashed (a share each)
+                      <- manifest.json                     rank 0
+    step_N/           <- rename                            rank 0
+    latest            <- replaced                          rank 0
+    old checkpoints   <- removed beyond `keep`             rank 0
+
+A crash at any point leaves either the checkpoint before, or this one, complete.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch.distributed as dist
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.core import CheckpointingException
+from torch.distributed.checkpoint import CheckpointException
+
+from nha_megatron.checkpoint.collective import on_rank_zero
+from nha_megatron.checkpoint.files import CheckpointError, make_partial, partial_directory, publish, retain, step_directory, write_latest
+from nha_megatron.checkpoint.manifest import Manifest, describe_files, versions, write_manifest
+from nha_megatron.checkpoint.state import Progress, rng_for_saving
+
+if TYPE_CHECKING:
+    from nha_megatron.engine.base import Engine
+
+
+def save_checkpoint(root: Path, engine: Engine, progress: Progress, config: dict[str, Any], keep: int) -> Path:
+    """Saves model, optimizer, position and random number generators as `root/step_N`; collective over all ranks.
+
+    `config` is the resolved configuration, kept in the manifest. Returns the published folder.
+    Raises `CheckpointError` on every rank when writing fails; checkpoints that were there before stay as they were.
+    """
+    final, partial = step_directory(root, progress.step), partial_directory(root, progress.step)
+    on_rank_zero(f"checkpoint {final} cannot be written", lambda: make_partial(partial))
+    state = engine.sharded_state_dict(is_loading=False)
+    assert "rng_state" not in state
+    state["rng_state"] = rng_for_saving()
+    try:
+        dist_checkpointing.save(state, str(partial))
+    except (CheckpointException, CheckpointingException, OSError, RuntimeError) as error:
+        raise CheckpointError(f"checkpoint {final} could not be written: {error}") from error
+    files = describe_files(partial, dist.group.WORLD)
+    manifest = Manifest(
+        step=progress.step, tokens=progress.tokens, world_size=dist.get_world_size(), config=config, versions=versions(), files=files
+    )
+
+    def finish() -> None:
+        write_manifest(partial, manifest)
+        publish(partial, final)
+        write_latest(root, progress.step)
+        retain(root, keep)
+
+    on_rank_zero(f"checkpoint {final} could not be published", finish)
+    return final

@@ -1,0 +1,111 @@
+"""The training loop: one update after the other, with what hangs on each."""
+
+from __future__ import annotations
+
+import signal
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from nha_megatron.checkpoint import Progress
+from nha_megatron.config import RunConfig
+from nha_megatron.data import BatchReader
+from nha_megatron.training import layer_statistics
+from nha_megatron.training.console import Console
+from nha_megatron.training.guards import require_finite
+from nha_megatron.training.hardware import memory_in_use
+from nha_megatron.training.metrics import MetricsLog
+from nha_megatron.training.schedule import learning_rate
+from nha_megatron.training.signals import StopRequest
+from nha_megatron.training.throughput import Throughput
+
+if TYPE_CHECKING:
+    from nha_megatron.engine.base import Engine
+    from nha_megatron.engine.layout import Layout
+
+
+@dataclass
+class Reporter:
+    """Where the writing rank's numbers go. The other ranks have none."""
+
+    log: MetricsLog
+    console: Console
+
+    def close(self) -> None:
+        self.console.close()
+        self.log.close()
+
+
+def train(
+    config: RunConfig,
+    engine: Engine,
+    layout: Layout,
+    training: BatchReader,
+    validation: BatchReader | None,
+    progress: Progress,
+    reporter: Reporter | None,
+    save: Callable[[], None],
+) -> signal.Signals | None:
+    """Trains from `progress`, which it advances, to `training.steps`; saves on the way and at the end.
+
+    Update n (counted from 1) learns from global batch n - 1, so the data position follows from the step alone.
+    Returns the signal that ended the run early, with the run saved, or None when it is complete.
+    Raises `TrainingError` when the loss or the gradient is not finite. Collective over all ranks.
+    """
+    total = config.training.steps
+    throughput = Throughput(config, layout.device, layout.world_size)
+    with StopRequest() as stop:
+        while progress.step < total:
+            step = progress.step + 1
+            started = time.perf_counter()
+            lr = learning_rate(step, config.optimizer, total)
+            measure_layers = _due(step, config.logging.layer_statistics, total)
+            if measure_layers:
+                layer_statistics.request(engine.model_chunks)
+            result = engine.train_step(training.micro_batches(step - 1), lr)
+            require_finite(step, result.loss, result.grad_norm)
+            seconds = time.perf_counter() - started
+
+            progress.step = step
+            progress.tokens += throughput.tokens_per_step
+            record: dict[str, Any] = {
+                "step": step,
+                "tokens": progress.tokens,
+                "loss": result.loss,
+                "grad_norm": result.grad_norm,
+                "lr": lr,
+                **throughput.measure(seconds),
+                "memory": memory_in_use(layout.device),
+            }
+            if measure_layers:
+                record |= layer_statistics.collect(engine.model_chunks, config.model.num_layers, layout.cp_size, layout.device)
+            if validation is not None and _due(step, config.training.validate_every, total):
+                record["validation_loss"] = evaluate(engine, validation, config.training.validate_batches)
+            if reporter is not None:
+                reporter.log.write(record)
+                reporter.console.step(record, throughput.seconds_left(total - step))
+                if "validation_loss" in record:
+                    reporter.console.event(f"step {step}: validation loss {record['validation_loss']:.4f}")
+
+            stopped_by = stop.agreed(layout.device)
+            if stopped_by or _due(step, config.checkpoint.every, total):
+                save()
+            if stopped_by:
+                return stopped_by
+    return None
+
+
+def evaluate(engine: Engine, validation: BatchReader, batches: int) -> float:
+    """Mean loss, in nats, over the counted tokens of the first `batches` global batches: the same tokens at every evaluation."""
+    loss_sum, tokens = 0.0, 0
+    for index in range(batches):
+        batch_loss, batch_tokens = engine.evaluate(validation.micro_batches(index))
+        loss_sum += batch_loss
+        tokens += batch_tokens
+    return loss_sum / tokens
+
+
+def _due(step: int, every: int | None, total: int) -> bool:
+    """Whether something done every `every` steps, and at the end of the run, is due after `step`. None: never."""
+    return every is not None and (step % every == 0 or step == total)

@@ -1,0 +1,134 @@
+"""`pretrain`: the whole job, from a configuration to a trained model in a run's folder.
+
+<logging.directory>/
+    config.yaml       the resolved configuration
+    metrics.jsonl     one object a step
+    tensorboard/
+    checkpoints/      step_N/ with manifests, latest
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch.distributed as dist
+
+from nha_megatron.checkpoint import CheckpointError, Progress, find_newest, load_checkpoint, load_weights, resolve, save_checkpoint
+from nha_megatron.checkpoint.collective import on_rank_zero
+from nha_megatron.checkpoint.files import published_steps
+from nha_megatron.config import ConfigError, RunConfig, save_resolved
+from nha_megatron.data import BatchReader, open_samples
+from nha_megatron.engine.base import Engine
+from nha_megatron.engine.device import choose_device
+from nha_megatron.engine.layout import Layout, create_layout
+from nha_megatron.engine.megatron import MegatronEngine
+from nha_megatron.training.console import Console
+from nha_megatron.training.loop import Reporter, train
+from nha_megatron.training.metrics import MetricsLog
+
+
+def pretrain(config: RunConfig) -> None:
+    """Runs the job that `config` describes on this rank; every rank of the job calls it.
+
+    Continues from the newest sound checkpoint of the run when there is one. Returns when the run is complete, or was
+    saved after SIGTERM or SIGINT. Raises `ConfigError` for a user's mistake and `TrainingError` when the numbers fail.
+    """
+    joined_here = not dist.is_initialized()
+    layout = create_layout(config, choose_device(config.training.device))
+    say = print if layout.rank == 0 else _ignore
+    readers = open_data(config, layout)
+    try:
+        engine = MegatronEngine(config, layout.device, layout)
+        say(f"{layout.describe()} on {layout.device.type}, {config.model.num_parameters():,} parameters")
+        progress = start(config, engine, say)
+        if progress.step >= config.training.steps:
+            say(f"the run is complete: step {progress.step} of {config.training.steps}. Raise training.steps to train further")
+        else:
+            run(config, engine, layout, readers, progress, say)
+    finally:
+        for reader in readers:
+            if reader is not None:
+                reader.close()
+    if joined_here:
+        leave()
+
+
+def open_data(config: RunConfig, layout: Layout) -> tuple[BatchReader, BatchReader | None]:
+    """This rank's training and validation batches. Raises `ConfigError` when the token files do not fit the configuration."""
+    place = (layout.dp_rank, layout.dp_size, layout.cp_rank, layout.cp_size)
+    order = open_samples(config.data, "train", vocab_size=config.model.vocab_size)
+    training = BatchReader(order, config, *place)
+    if config.training.validate_every is None:
+        return training, None
+    held_out = open_samples(config.data, "validation", order.end_of_text, config.model.vocab_size)
+    # Evaluations read a few batches from the start each time: reading ahead of the last one would be for nothing.
+    return training, BatchReader(held_out, config, *place, prefetch=False)
+
+
+def start(config: RunConfig, engine: Engine, say: Callable[[str], None]) -> Progress:
+    """Where the run begins: the newest checkpoint of its folder, the weights of `model.init_from`, or fresh weights."""
+    root = config.checkpoint_directory
+    if config.checkpoint.resume:
+        newest = find_newest(root, say)
+        if newest is not None:
+            progress = load_checkpoint(newest, engine, config.model_dump(mode="json"))
+            say(f"resumed from {newest}: step {progress.step}, {progress.tokens:,} tokens")
+            return progress
+    elif published_steps(root):
+        raise CheckpointError(
+            f"checkpoint.resume is false, but {root} already holds checkpoints, which a later resume would mix up with this run's. "
+            "Choose another logging.directory, delete them, or set checkpoint.resume=true"
+        )
+    if config.model.init_from is not None:
+        load_initial_weights(Path(config.model.init_from), engine)
+        say(f"weights taken from {config.model.init_from}")
+    return Progress()
+
+
+def load_initial_weights(path: Path, engine: Engine) -> None:
+    """Weights only, from a checkpoint of this project."""
+    if (path / "config.json").is_file():
+        raise ConfigError(
+            f"model.init_from {path} is a Hugging Face directory; importing one is not supported yet. Give a checkpoint of nha_megatron"
+        )
+    load_weights(resolve(path), engine)
+
+
+def run(
+    config: RunConfig,
+    engine: Engine,
+    layout: Layout,
+    readers: tuple[BatchReader, BatchReader | None],
+    progress: Progress,
+    say: Callable[[str], None],
+) -> None:
+    directory = Path(config.logging.directory)
+    on_rank_zero(f"logging.directory {directory} cannot be used", lambda: save_resolved(config, directory / "config.yaml"))
+    resolved = config.model_dump(mode="json")
+    reporter = None
+    if layout.rank == 0:
+        reporter = Reporter(MetricsLog(config.logging, resolved, progress.step), Console(config.training.steps, config.logging.every))
+        say = reporter.console.event
+
+    def save() -> None:
+        path = save_checkpoint(config.checkpoint_directory, engine, progress, resolved, config.checkpoint.keep)
+        say(f"step {progress.step}: saved {path}")
+
+    try:
+        stopped_by = train(config, engine, layout, *readers, progress, reporter, save)
+        if stopped_by:
+            say(f"stopped by {stopped_by.name} after step {progress.step}, which is saved: start again to continue")
+    finally:
+        if reporter is not None:
+            reporter.close()
+
+
+def leave() -> None:
+    """Leaves the process group together. Only after success: a rank that failed must not wait for the others."""
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def _ignore(_: str) -> None:
+    return None

@@ -1,0 +1,45 @@
+"""SIGTERM and SIGINT as a request: finish the step, save, leave."""
+
+from __future__ import annotations
+
+import signal
+from types import FrameType
+
+import torch
+import torch.distributed as dist
+
+
+class StopRequest:
+    """Remembers that a signal arrived, and lets all ranks agree on the step to stop at.
+
+    A launcher signals its processes one after the other, so ranks hear of it in different steps; a rank that left alone
+    would leave the others in a collective for ever. A second signal of the same kind acts as it always does.
+
+        with StopRequest() as stop:
+            while ...:
+                if stop.agreed(device): break
+    """
+
+    def __init__(self) -> None:
+        self._received: int = 0
+        self._previous: dict[int, object] = {}
+
+    def __enter__(self) -> StopRequest:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            self._previous[number] = signal.signal(number, self._remember)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)  # type: ignore[arg-type]
+
+    def _remember(self, number: int, frame: FrameType | None) -> None:
+        self._received = number
+        signal.signal(number, self._previous[number])  # type: ignore[arg-type]
+
+    def agreed(self, device: torch.device) -> signal.Signals | None:
+        """The signal that any rank has received, the same answer on every rank. Collective: call it once a step everywhere."""
+        received = torch.tensor([self._received], dtype=torch.int32, device=device)
+        dist.all_reduce(received, op=dist.ReduceOp.MAX)
+        number = int(received.item())
+        return signal.Signals(number) if number else None
