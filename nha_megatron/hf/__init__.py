@@ -1,0 +1,1 @@
+"""Hugging Face format: model, configuration, export of checkpoints and import of exported directories."""

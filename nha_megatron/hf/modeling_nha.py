@@ -1,0 +1,440 @@
+"""Native Hybrid Attention language model for transformers.
+
+Every layer keeps M compressed slots and an exact window per KV head and reads both with one softmax (arXiv 2510.07019).
+The cache is that memory, so its size does not depend on the length of the sequence (except in layers with full attention).
+
+Shapes: B batch, T new tokens, HQ query heads, H KV heads, K head dimension, M slots.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers.cache_utils import Cache
+from transformers.generation import GenerationMixin
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.modeling_utils import PreTrainedModel
+
+from nha_kernels import Memory, nha_attention
+from nha_megatron.config.rope import inverse_frequencies, rope_problems
+
+from .configuration_nha import NHAConfig
+
+
+class NHACache(Cache):
+    """One `Memory` per layer. Pass it as `past_key_values`; `generate` makes its own."""
+
+    def __init__(self, config: NHAConfig) -> None:
+        super().__init__(layers=[])
+        self.memories: list[Memory | None] = [None] * config.num_hidden_layers
+        self.seen = 0  # positions of the batch so far, padding included; Memory.length counts the tokens of each sequence
+
+    def store(self, layer: int, memory: Memory) -> None:
+        # A memory may be a view of the tokens it was cut from: without a copy it would keep the whole prompt alive.
+        self.memories[layer] = memory.map(lambda x: x.clone() if x.untyped_storage().nbytes() > x.numel() * x.element_size() else x)
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        return self.seen
+
+    def get_max_length(self, layer_idx: int | None = None) -> int:
+        return -1  # no limit
+
+    def get_max_cache_shape(self, layer_idx: int | None = None) -> int:
+        return -1  # the same, under its name in earlier releases
+
+    @property
+    def batch_size(self) -> int:
+        return -1 if self.memories[0] is None else self.memories[0].length.shape[0]
+
+    @property
+    def is_compileable(self) -> bool:
+        return False
+
+    @property
+    def is_croppable(self) -> bool:
+        return False
+
+    def reset(self) -> None:
+        self.memories = [None] * len(self.memories)
+        self.seen = 0
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        self.batch_select_indices(beam_idx)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        self.memories = [None if memory is None else memory.select_rows(indices) for memory in self.memories]
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        if self.batch_size > 0:
+            self.batch_select_indices(torch.arange(self.batch_size).repeat_interleave(repeats))
+
+    def crop(self, tokens_to_remove: int) -> None:
+        raise NotImplementedError("a memory cannot forget tokens it has compressed: assisted generation is not supported")
+
+    def activate_past_recording(self) -> None:
+        self.crop(0)
+
+    def update(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        raise NotImplementedError("an NHACache is written by the layers of an NHA model: use it with no other model")
+
+    def __len__(self) -> int:
+        return len(self.memories)
+
+    def __repr__(self) -> str:
+        return f"NHACache(layers={len(self)}, batch={self.batch_size}, seen={self.seen})"
+
+
+class TokenLayout(NamedTuple):
+    """Where the tokens of each sequence are in the batch. Both None: every row is one sequence without padding."""
+
+    real: Tensor | None = None  # bool [B, T]: False is padding, which is treated as if it were not there
+    cu_seqlens: Tensor | None = None  # int32 [N + 1]: document boundaries in the flattened batch
+
+
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor, *, layout: TokenLayout, memory: Memory | None, return_memory: bool, **settings: Any
+) -> tuple[Tensor, Memory | None]:
+    """`nha_attention` over a batch with padding or packed documents. Outputs at padding are 0."""
+    tokens = (q, k, v, g)
+    if layout.cu_seqlens is not None:
+        flat = (x.flatten(0, 1)[None] for x in tokens)
+        return nha_attention(*flat, cu_seqlens=layout.cu_seqlens, **settings).view(*q.shape[:3], v.shape[-1]), None
+    if layout.real is None:
+        if return_memory or memory is not None:
+            return nha_attention(*tokens, memory=memory, return_memory=True, **settings)
+        return nha_attention(*tokens, **settings), None
+    if return_memory or memory is not None:
+        return _attend_row_groups(tokens, layout.real, memory, **settings)
+    # Attention is causal and depends on distances only, so tokens moved in front of the padding never see it.
+    order = torch.argsort(~layout.real, dim=1, stable=True)
+    moved = (torch.take_along_dim(x, order[..., None, None], dim=1) for x in tokens)
+    out = torch.take_along_dim(nha_attention(*moved, **settings), torch.argsort(order, dim=1)[..., None, None], dim=1)
+    return out.masked_fill(~layout.real[..., None, None], 0), None
+
+
+def _attend_row_groups(tokens: tuple[Tensor, ...], real: Tensor, memory: Memory | None, **settings: Any) -> tuple[Tensor, Memory]:
+    """Rows with equally many tokens run together, without their padding, each from its own memory."""
+    q, k, v, g = tokens
+    batch, _, kv_heads, key_dim = k.shape
+    if memory is None:
+        size = (batch, kv_heads, g.shape[-1], key_dim, v.shape[-1], settings["window"])
+        memory = Memory.empty(*size, dtype=k.dtype, device=k.device)
+    out = v.new_zeros(*q.shape[:3], v.shape[-1])
+    counts = real.sum(dim=1)
+    rows_of_groups, memories = [], []
+    for count in counts.unique().tolist():
+        rows = (counts == count).nonzero().squeeze(1)
+        group_memory = memory.select_rows(rows)
+        if count > 0:
+            columns = real[rows].nonzero()[:, 1].view(-1, count)
+            place = (rows[:, None], columns)
+            result, group_memory = nha_attention(*(x[place] for x in tokens), memory=group_memory, return_memory=True, **settings)
+            out = out.index_put(place, result)
+        rows_of_groups.append(rows)
+        memories.append(group_memory)
+    return out, _join_rows(memories).select_rows(torch.argsort(torch.cat(rows_of_groups)))
+
+
+def _join_rows(memories: list[Memory]) -> Memory:
+    """One batch from the memories of several; window rows are aligned at the newest token, as in every `Memory`."""
+    longest = max(memory.window_keys.shape[1] for memory in memories)
+
+    def aligned(tensor: Tensor) -> Tensor:
+        return F.pad(tensor, (0, 0) * (tensor.dim() - 2) + (longest - tensor.shape[1], 0))
+
+    def join(name: str) -> Tensor:
+        tensors = [getattr(memory, name) for memory in memories]
+        return torch.cat([aligned(tensor) for tensor in tensors] if name.startswith("window_") else tensors)
+
+    names = [field.name for field in dataclasses.fields(Memory) if field.name != "window"]
+    return dataclasses.replace(memories[0], **{name: join(name) for name in names})
+
+
+def rotary_frequencies(config: NHAConfig) -> tuple[Tensor, float]:
+    """Inverse frequencies [rotary_dim / 2] in float64 on the CPU, and the factor on the rotated channels (YaRN)."""
+    scaling = dict(config.rope_parameters)
+    theta, rotary_dim = scaling.pop("rope_theta"), int(config.head_dim * scaling.pop("partial_rotary_factor", 1.0))
+    problems = rope_problems(scaling, theta, rotary_dim)
+    if problems:
+        raise ValueError("rope_parameters: " + "; ".join(problems))
+    frequencies, factor = inverse_frequencies(rotary_dim, theta, scaling)
+    return torch.tensor(frequencies, dtype=torch.float64, device="cpu"), factor
+
+
+class NHARMSNorm(nn.Module):
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, self.weight.shape, self.weight, self.eps).to(x.dtype)
+
+
+class NHAMLP(nn.Module):
+    def __init__(self, config: NHAConfig) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class NHAAttention(nn.Module):
+    def __init__(self, config: NHAConfig, layer_idx: int) -> None:
+        super().__init__()
+        self.config = config
+        self.layer_idx = layer_idx
+        hidden, heads, kv_heads, dim = config.hidden_size, config.num_attention_heads, config.num_key_value_heads, config.head_dim
+        self.q_proj = nn.Linear(hidden, heads * dim, bias=config.qkv_bias)
+        self.k_proj = nn.Linear(hidden, kv_heads * dim, bias=config.qkv_bias)
+        self.v_proj = nn.Linear(hidden, kv_heads * dim, bias=config.qkv_bias)
+        self.g_proj = nn.Linear(hidden, kv_heads * config.num_slots, bias=False)
+        self.o_proj = nn.Linear(heads * dim, hidden, bias=False)
+        if config.qk_norm == "rms":
+            self.q_norm = NHARMSNorm(dim, config.rms_norm_eps)
+            self.k_norm = NHARMSNorm(dim, config.rms_norm_eps)
+        if config.output_norm == "rms":
+            self.o_norm = NHARMSNorm(heads * dim, config.rms_norm_eps)
+
+    def forward(self, hidden_states: Tensor, rope: tuple[Tensor, float], layout: TokenLayout, cache: NHACache | None) -> Tensor:
+        config = self.config
+        q, k, v = (projection(hidden_states).unflatten(-1, (-1, config.head_dim)) for projection in (self.q_proj, self.k_proj, self.v_proj))
+        z = self.g_proj(hidden_states).unflatten(-1, (-1, config.num_slots))
+        g = F.logsigmoid(z.to(torch.promote_types(z.dtype, torch.float32))) / config.tau
+        if config.qk_norm == "rms":
+            q, k = self.q_norm(q), self.k_norm(k)
+        if config.value_activation == "silu":
+            v = F.silu(v)
+        out, memory = attend(
+            q,
+            k,
+            v,
+            g,
+            layout=layout,
+            memory=None if cache is None else cache.memories[self.layer_idx],
+            return_memory=cache is not None,
+            window=config.windows[self.layer_idx],
+            rope=rope[0],
+            rope_attention_factor=rope[1],
+            empty_slots=config.empty_slots,
+        )
+        if cache is not None and memory is not None:
+            cache.store(self.layer_idx, memory)
+        out = out.flatten(-2)
+        if config.output_norm == "rms":
+            out = self.o_norm(F.silu(out))
+        return self.o_proj(out)
+
+
+class NHADecoderLayer(GradientCheckpointingLayer):
+    def __init__(self, config: NHAConfig, layer_idx: int) -> None:
+        super().__init__()
+        self.self_attn = NHAAttention(config, layer_idx)
+        self.mlp = NHAMLP(config)
+        self.input_layernorm = NHARMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = NHARMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(self, hidden_states: Tensor, rope: tuple[Tensor, float], layout: TokenLayout, cache: NHACache | None) -> Tensor:
+        hidden_states = hidden_states + self.self_attn(self.input_layernorm(hidden_states), rope, layout, cache)
+        return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
+
+
+class NHAPreTrainedModel(PreTrainedModel):
+    config_class = NHAConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["NHADecoderLayer"]  # noqa: RUF012 (read by transformers)
+    _skip_keys_device_placement = ["past_key_values", "cache"]  # noqa: RUF012
+    _is_stateful = True  # a memory cannot be rolled back: `generate` then refuses assisted generation
+
+
+class NHAModel(NHAPreTrainedModel):
+    def __init__(self, config: NHAConfig) -> None:
+        super().__init__(config)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
+        self.layers = nn.ModuleList([NHADecoderLayer(config, layer) for layer in range(config.num_hidden_layers)])
+        self.norm = NHARMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.gradient_checkpointing = False
+        # Not a buffer: `model.to(torch.bfloat16)` would round the frequencies.
+        self._rope: dict[torch.device, tuple[Tensor, float]] = {}
+        self.post_init()
+
+    def rope(self, device: torch.device) -> tuple[Tensor, float]:
+        if device not in self._rope:
+            frequencies, factor = rotary_frequencies(self.config)
+            self._rope[device] = (frequencies.to(device), factor)
+        return self._rope[device]
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: NHACache | None = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
+        return_dict: bool | None = None,
+        **kwargs: Any,
+    ) -> BaseModelOutputWithPast | tuple[Any, ...]:
+        """Hidden states of the new tokens, and the memory after them.
+
+        Args:
+            attention_mask: [B, past + T] of 0 and 1. Padding may be anywhere: it is treated as if it were not there.
+            position_ids: [B or 1, T]. Needed only for packed documents, whose positions start again at 0; where they do, the memory
+                starts empty. Otherwise they must count up, because the layers use distances between tokens alone.
+            past_key_values: an `NHACache`; its memory is continued and replaced.
+
+        Raises:
+            ValueError: a mask, positions or a cache that cannot be honoured exactly.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give exactly one of input_ids and inputs_embeds")
+        if self.config.output_attentions if output_attentions is None else output_attentions:
+            raise ValueError("output_attentions is not available: slots and window share one softmax whose weights are never stored")
+        if kwargs.get("cu_seq_lens_q") is not None and position_ids is None:
+            raise ValueError("cu_seq_lens_q is not read: mark packed documents with position_ids that start again at 0")
+        hidden_states = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        cache = self._cache(past_key_values, use_cache)
+        layout = token_layout(hidden_states.shape[:2], attention_mask, position_ids, 0 if cache is None else cache.seen)
+        if layout.cu_seqlens is not None and cache is not None:
+            if past_key_values is not None or use_cache:
+                raise ValueError("position_ids starts several documents in one row: these cannot fill a cache, pass use_cache=False")
+            cache = None
+
+        if output_hidden_states is None:
+            output_hidden_states = self.config.output_hidden_states
+        states = [hidden_states]
+        for layer in self.layers:
+            hidden_states = layer(hidden_states, self.rope(hidden_states.device), layout, cache)
+            states.append(hidden_states)
+        hidden_states = self.norm(hidden_states)
+        if cache is not None:
+            cache.seen += hidden_states.shape[1]
+        output = BaseModelOutputWithPast(
+            last_hidden_state=hidden_states,
+            past_key_values=cache,
+            hidden_states=(*states[:-1], hidden_states) if output_hidden_states else None,
+        )
+        return output.to_tuple() if return_dict is False else output
+
+    def _cache(self, past_key_values: Any, use_cache: bool | None) -> NHACache | None:
+        if past_key_values is not None and not isinstance(past_key_values, NHACache):
+            raise ValueError(f"past_key_values is a {type(past_key_values).__name__}: this model continues from an NHACache only")
+        recomputing = self.gradient_checkpointing and self.training  # a layer that runs twice would write its memory twice
+        if recomputing and (past_key_values is not None or use_cache):
+            raise ValueError("gradient checkpointing cannot be combined with a cache: pass use_cache=False and no past_key_values")
+        if past_key_values is None and (use_cache or (use_cache is None and self.config.use_cache and not self.training)):
+            return NHACache(self.config)
+        return past_key_values
+
+
+def token_layout(shape: torch.Size, attention_mask: Tensor | None, position_ids: Tensor | None, past: int) -> TokenLayout:
+    """What mask and positions say about [B, T] new tokens after `past` positions.
+
+    Raises:
+        ValueError: they describe something that this model cannot compute exactly.
+    """
+    batch, length = shape
+    real = None
+    if attention_mask is not None:
+        if attention_mask.shape != (batch, past + length):
+            raise ValueError(
+                f"attention_mask has shape {tuple(attention_mask.shape)}: this model takes one entry per token, "
+                f"({batch}, {past + length}) for {past} cached and {length} new positions"
+            )
+        real = attention_mask[:, past:].bool()
+        real = None if bool(real.all()) else real
+    if position_ids is None or length < 2:
+        return TokenLayout(real)
+    step = position_ids.diff(dim=-1)
+    regular = step == 1
+    if real is not None:  # positions of padding mean nothing
+        regular = regular | ~(real[:, 1:] & real[:, :-1])
+    if bool(regular.all()):
+        return TokenLayout(real)
+    if real is not None or past or position_ids.shape != (batch, length) or not bool((regular | (position_ids[:, 1:] == 0)).all()):
+        raise ValueError(
+            "position_ids must count up by one, because this model uses distances between tokens only. Packed documents, which start "
+            f"again at 0, need positions of shape ({batch}, {length}) and neither padding nor a cache"
+        )
+    start = torch.ones_like(position_ids, dtype=torch.bool)
+    start[:, 1:] = ~regular
+    end = torch.tensor([start.numel()], device=start.device)
+    return TokenLayout(cu_seqlens=torch.cat([start.flatten().nonzero().squeeze(1), end]).int())
+
+
+class NHAForCausalLM(NHAPreTrainedModel, GenerationMixin):
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012 (read by transformers)
+
+    def __init__(self, config: NHAConfig) -> None:
+        super().__init__(config)
+        self.model = NHAModel(config)
+        self.vocab_size = config.vocab_size
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    @classmethod
+    def _supports_default_dynamic_cache(cls) -> bool:
+        return False
+
+    def _prepare_cache_for_generation(self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any) -> None:
+        if generation_config.cache_implementation not in (None, "dynamic"):
+            raise ValueError(
+                f"cache_implementation={generation_config.cache_implementation!r}: an NHA model has one cache, its memory; leave it unset"
+            )
+        generation_config.cache_implementation = None
+        super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
+        if generation_config.use_cache is not False and model_kwargs.get("past_key_values") is None:
+            model_kwargs["past_key_values"] = NHACache(self.config)
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: NHACache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
+        return_dict: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        **kwargs: Any,
+    ) -> CausalLMOutputWithPast | tuple[Any, ...]:
+        """Next-token logits [B, T, vocabulary]; arguments as `NHAModel.forward`.
+
+        Args:
+            labels: [B, T], shifted inside, -100 where no loss is wanted.
+            logits_to_keep: compute logits of the last so many positions only (0: all), or of the given positions.
+        """
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            output_hidden_states=output_hidden_states,
+            output_attentions=output_attentions,
+            **kwargs,
+        )
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(outputs.last_hidden_state[:, kept])
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+        output = CausalLMOutputWithPast(
+            loss=loss, logits=logits, past_key_values=outputs.past_key_values, hidden_states=outputs.hidden_states
+        )
+        return output.to_tuple() if return_dict is False else output
