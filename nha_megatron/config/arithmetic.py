@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from .model import ModelConfig
 
 STATE_BYTES = 4  # slots, log-decays and log-gates are kept in fp32 whatever the precision of the activations
+LENGTH_BYTES = 8
 
 
 def attention_parameters(model: "ModelConfig") -> int:
@@ -77,8 +78,8 @@ def flops_per_token(model: "ModelConfig", sequence_length: int) -> float:
 def state_bytes(model: "ModelConfig", length: int | None = None, element_bytes: int = 2) -> int:
     """Bytes that all layers remember of one sequence of `length` tokens (None: longer than every window).
 
-    A layer keeps M slots and the log-decay of each in fp32, and min(W, length) rows of raw keys, values (`element_bytes`) and log-gates
-    (fp32). A `full` layer keeps the rows of all tokens.
+    What `nha_kernels.Memory` holds: M slots and the log-decay of each in fp32, min(W, length) rows of raw keys, values (`element_bytes`)
+    and log-gates (fp32), and the length (int64). A `full` layer keeps the rows of all tokens.
 
     Raises `ConfigError` when a layer is `full` and no length is given.
     """
@@ -89,20 +90,38 @@ def state_bytes(model: "ModelConfig", length: int | None = None, element_bytes: 
             raise ConfigError("a `full` layer remembers every token: give the length of the sequence to count the bytes of its state")
         rows = min(bound for bound in (window, length) if bound is not None)
         total += STATE_BYTES * heads * slots * (2 * dim + 1)
-        total += rows * heads * (2 * dim * element_bytes + slots * STATE_BYTES)
+        total += rows * heads * (2 * dim * element_bytes + slots * STATE_BYTES) + LENGTH_BYTES
     return total
 
 
-def context_parallel_bytes(
-    model: "ModelConfig", window: int, shard_length: int, *, tensor: int = 1, micro_batch_size: int = 1, element_bytes: int = 2
-) -> int:
-    """Bytes that a rank announces in the forward of one layer; the backward sends as many back.
+def context_parallel_pieces(window: int, shard_length: int, ranks: int) -> int:
+    """Slot summaries that each of several context ranks announces in one layer: 0, 1 or 2.
 
-    Halo: raw keys, values (`element_bytes`) and log-gates (fp32) of the last W tokens. Slot summary: decay and update in fp32 for up to
-    two pieces of the shard, its first L - m and its last m tokens with m = W mod L. Independent of the context length.
+    With f, m = divmod(W, L) the slots of rank r hold the first L - m tokens of shard r - 1 - f and everything before. So the first
+    L - m tokens of a shard are announced when rank 1 + f exists, its last m tokens, if any, when rank 2 + f exists.
     """
+    whole, shifted = divmod(window, shard_length)
+    return int(ranks >= 2 + whole) + int(shifted > 0 and ranks >= 3 + whole)
+
+
+def context_parallel_bytes(
+    model: "ModelConfig",
+    window: int,
+    shard_length: int,
+    ranks: int,
+    *,
+    tensor: int = 1,
+    micro_batch_size: int = 1,
+    element_bytes: int = 2,
+) -> int:
+    """Bytes that an inner context rank hands out in the forward of one layer, whatever the length of the context.
+
+    Halo: raw keys, values (`element_bytes`) and log-gates (fp32) of W tokens. Slot summary: log-decay and updates of the slots in fp32,
+    gathered by all ranks. The backward returns the halo's gradient and gathers the gradient of one set of slots.
+    """
+    if ranks == 1:
+        return 0
     heads, slots, dim = model.num_kv_heads // tensor, model.num_slots, model.head_dim
-    pieces = 2 if window % shard_length else 1
     halo = window * heads * (2 * dim * element_bytes + slots * STATE_BYTES)
-    summary = pieces * heads * slots * (2 * dim + 1) * STATE_BYTES
-    return micro_batch_size * (halo + summary)
+    summary = heads * slots * (2 * dim + 1) * STATE_BYTES
+    return micro_batch_size * (halo + context_parallel_pieces(window, shard_length, ranks) * summary)

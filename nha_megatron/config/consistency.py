@@ -5,7 +5,7 @@ message can list every problem of a file.
 """
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 Check = Callable[..., Iterator[str]]
 
 
-def run_checks(checks: list[Check], sections: Mapping[str, Any]) -> list[str]:
+def run_checks(checks: Sequence[Check], sections: Mapping[str, Any]) -> list[str]:
     """Messages of all checks whose sections are there."""
     messages: list[str] = []
     for check in checks:

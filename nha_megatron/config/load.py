@@ -137,7 +137,7 @@ def _apply_override(data: dict[str, Any], override: str) -> None:
     name, equals, text = override.partition("=")
     keys = name.strip().split(".")
     if not equals or len(keys) < 2 or not all(keys):
-        homes = [section for section, field in RunConfig.model_fields.items() if keys[0] in _fields(field.annotation)]
+        homes = [name for name, field in RunConfig.model_fields.items() if keys[0] in getattr(field.annotation, "model_fields", {})]
         example = f"{homes[0]}.{keys[0]}={text}" if homes else "training.steps=100"
         raise ConfigError(f"override {override!r}: write section.key=value, such as {example}")
     try:
@@ -154,15 +154,11 @@ def _apply_override(data: dict[str, Any], override: str) -> None:
     target[keys[-1]] = value
 
 
-def _fields(annotation: Any) -> Mapping[str, Any]:
-    return annotation.model_fields if isinstance(annotation, type) and issubclass(annotation, BaseModel) else {}
-
-
 def _valid_sections(data: Mapping[str, Any]) -> dict[str, Any]:
     valid = {}
     for name, field in RunConfig.model_fields.items():
         section = field.annotation
-        assert section is not None and issubclass(section, BaseModel)
+        assert isinstance(section, type) and issubclass(section, BaseModel), name
         if name in data or not field.is_required():
             try:
                 valid[name] = section.model_validate(data.get(name, {}))

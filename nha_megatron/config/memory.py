@@ -3,7 +3,8 @@
 An estimate from sizes alone. Assumed:
 - weights in the training precision, gradients in fp32;
 - Adam's two moments in fp32, with bf16 an fp32 copy of the weights too, all sharded over data x context ranks (distributed optimizer);
-- a fused attention operator that keeps its inputs, its output and the log-sum-exp; the `torch` backend keeps more;
+- a fused attention operator that keeps its inputs, its output and the log-sum-exp, so that selective recomputation saves little; the
+  `torch` backend keeps more, which selective recomputation then saves;
 - 1F1B or interleaved micro batches in flight, as Megatron's schedules keep them; logits once in the training precision and once in fp32.
 Not counted: communication buffers, the allocator's fragmentation, the CUDA context, kernel workspaces.
 """
@@ -64,14 +65,17 @@ def layer_activation_bytes(config: RunConfig, recompute: str) -> int:
     residual = 4 * model.hidden_size * element  # inputs and outputs of both norms
     query, key_value = model.num_heads * model.head_dim, model.num_kv_heads * model.head_dim
     gates = model.num_kv_heads * model.num_slots
-    sharded = (query + 2 * key_value + gates + query) * element  # q, k, v, gate logits, input of the output projection
+    sharded = (query + 2 * key_value + gates) * element + gates * arithmetic.STATE_BYTES  # q, k, v, gate logits; log-gates
     sharded += 3 * model.ffn_hidden_size * element  # gate, up and their product
+    sharded += query * element  # output of the operator
+    if model.qk_norm == "rms":
+        sharded += (query + key_value) * element
+    if model.value_activation == "silu":
+        sharded += key_value * element
+    if model.output_norm == "rms":
+        sharded += 2 * query * element  # SiLU of the output, and its norm
     if recompute == "none":
-        sharded += gates * arithmetic.STATE_BYTES + model.num_heads * 4  # log-gates, log-sum-exp
-        if model.value_activation == "silu":
-            sharded += key_value * element
-        if model.output_norm == "rms":
-            sharded += 2 * query * element  # operator output and its SiLU
+        sharded += model.num_heads * 4  # log-sum-exp
     return residual_tokens * residual + tokens * sharded // parallel.tensor
 
 

@@ -6,7 +6,7 @@ Each refusal is one function; delete it together with its test when the feature 
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
-from .consistency import run_checks
+from .consistency import Check, run_checks
 
 if TYPE_CHECKING:
     from .data import DataConfig
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 def problems(sections: Mapping[str, Any]) -> list[str]:
     """One message for each thing asked for that is not supported, among the valid sections."""
-    checks = [
+    checks: list[Check] = [
         _wide_windows_under_context,
         _full_layers_under_context,
         _documents_under_context,
@@ -68,12 +68,12 @@ def _context_communication(parallel: "ParallelConfig") -> Iterator[str]:
 
 def _best_fit_packing(data: "DataConfig") -> Iterator[str]:
     if data.packing == "best_fit":
-        yield "data.packing best_fit; not supported yet, because no packer is there: use concat, which isolates documents too"
+        yield "data.packing best_fit; not supported yet, because there is no packer: use concat, which isolates documents too"
 
 
 def _deepspeed(training: "TrainingConfig") -> Iterator[str]:
     if training.engine == "deepspeed":
-        yield "training.engine deepspeed; not supported yet, because no ZeRO engine is there: use megatron, which shards optimizer state too"
+        yield "training.engine deepspeed; not supported yet, because there is no ZeRO engine: use megatron, which shards optimizer state"
 
 
 def _stages(training: "TrainingConfig") -> Iterator[str]:
@@ -86,4 +86,4 @@ def _stages(training: "TrainingConfig") -> Iterator[str]:
 
 def _asynchronous_checkpoints(checkpoint: "CheckpointConfig") -> Iterator[str]:
     if checkpoint.asynchronous:
-        yield "checkpoint.asynchronous true; not supported yet, because no background writer is there: set it to false"
+        yield "checkpoint.asynchronous true; not supported yet, because there is no background writer: set it to false"

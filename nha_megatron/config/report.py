@@ -42,7 +42,7 @@ def _layout_lines(config: RunConfig, world: int) -> list[str]:
     tokens = training.global_batch_size * length
     lines = [
         f"tensor {parallel.tensor} x context {parallel.context} x data {data} x pipeline {parallel.pipeline}; tensor ranks are neighbours",
-        f"micro batches a rank and step: {config.micro_batches(world)} of {training.micro_batch_size} x {length // parallel.context:,} tokens",
+        f"micro batches a step: {config.micro_batches(world)} of {training.micro_batch_size} x {length // parallel.context:,} tokens a rank",
         f"tokens: {tokens:,} a step, {tokens * training.steps:,} in {training.steps:,} steps",
     ]
     if parallel.context > 1:
@@ -53,13 +53,14 @@ def _layout_lines(config: RunConfig, world: int) -> list[str]:
                 config.model,
                 window,
                 length // parallel.context,
+                parallel.context,
                 tensor=parallel.tensor,
                 micro_batch_size=training.micro_batch_size,
                 element_bytes=element,
             )
             for window in widths
         )
-        lines.append(f"context parallelism: a rank announces {_size(sent // len(widths))} a layer and micro batch, at any length")
+        lines.append(f"context parallelism: a rank sends {_size(sent // len(widths))} a layer and micro batch, at any length")
     return lines
 
 
