@@ -1,0 +1,206 @@
+"""Native Hybrid Attention (arXiv 2510.07019) as the `self_attention` of a Megatron-core transformer layer.
+
+Shapes: s tokens of this context-parallel rank, b batch, h hidden size, D head size, M slots, and per TP rank H KV heads and HQ = H * r
+query heads. Under sequence parallelism the input and output hold s / tp tokens; between the projections all s tokens are there.
+
+    hidden [s, b, h] -- linear_qkv --> q [s, b, HQ, D], k [s, b, H, D], v [s, b, H, D] -- qk norm, value activation --+
+             |                                                                                                        v
+             +--------- linear_gate -> z [s, b, H, M] -> log-gates logsigmoid(z) / tau ------------------> window/slot operator
+                                                                                                                      |
+    output [s, b, h] <-- linear_proj -- output norm over all heads <-- [s, b, HQ * D] <-------------------------------+
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.spec_utils import ModuleSpec, build_module
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+
+from nha_kernels import attention_statistics, nha_attention
+from nha_megatron.attention.documents import Documents
+from nha_megatron.attention.norms import HeadRMSNorm, HeadsRMSNorm
+
+
+@dataclass
+class NativeHybridAttentionSubmodules:
+    """Linear layers of the attention: classes or specs with Megatron's column- and row-parallel signature."""
+
+    linear_qkv: ModuleSpec | type
+    linear_gate: ModuleSpec | type
+    linear_proj: ModuleSpec | type
+
+
+class NativeHybridAttention(MegatronModule):
+    """Slots and window under one softmax.
+
+    Args:
+        config: Megatron's configuration; head counts and sizes are read from it.
+        layer_number: global, from 1.
+        window: W tokens seen exactly, None for full attention.
+        num_slots: M.
+        tau: log-gates are logsigmoid(z) / tau.
+        empty_slots: `attend`, `mask` or `weight` (see nha_kernels).
+        value_activation: `silu` or `none`.
+        output_norm: `rms`: RMSNorm(SiLU(o)) over all heads; `none`.
+        qk_norm: `rms`: RMSNorm of every query and key head; `none`.
+        rope: inverse frequencies [rotary_dim / 2], on the CPU; rope_attention_factor: YaRN's factor.
+        recompute: recompute the operator (and its context-parallel exchange) in the backward instead of keeping what it saves.
+        pg_collection: process groups; `.tp` and `.cp` are used.
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        submodules: NativeHybridAttentionSubmodules,
+        layer_number: int,
+        *,
+        window: int | None,
+        num_slots: int,
+        tau: float,
+        empty_slots: str,
+        value_activation: str,
+        output_norm: str,
+        qk_norm: str,
+        rope: Tensor,
+        rope_attention_factor: float = 1.0,
+        recompute: bool = False,
+        pg_collection: ProcessGroupCollection,
+        **_: Any,  # keywords that newer Megatron versions pass to every attention: cp_comm_type, pp_layer_offset, name
+    ) -> None:
+        super().__init__(config=config)
+        self.layer_number = layer_number
+        self.window = window
+        self.tau = tau
+        self.value_activation = value_activation
+        self.recompute = recompute
+        self.pg_collection = pg_collection
+        self.tp_group = pg_collection.tp  # MegatronModule.sharded_state_dict looks for it under this name
+        self.empty_slots = empty_slots
+        # Not a buffer: a bfloat16 model would round the frequencies with the weights.
+        self._rope = rope
+        self._rope_attention_factor = rope_attention_factor
+
+        num_heads, num_kv_heads = config.num_attention_heads, config.num_query_groups
+        tp_size = self.tp_group.size()
+        assert num_kv_heads % tp_size == 0, f"{num_kv_heads} KV heads over {tp_size} tensor-parallel ranks"
+        self.head_dim = config.kv_channels
+        self.queries_per_group = num_heads // num_kv_heads
+        self.num_kv_heads_per_rank = num_kv_heads // tp_size
+        self.num_slots = num_slots
+
+        column: dict[str, Any] = {"config": config, "init_method": config.init_method, "gather_output": False, "tp_group": self.tp_group}
+        # Rows are grouped by KV head, [q ... q k v | q ... q k v | ...]: a slice over TP ranks is a slice of heads, at any TP size.
+        self.linear_qkv = build_module(
+            submodules.linear_qkv,
+            config.hidden_size,
+            (num_heads + 2 * num_kv_heads) * self.head_dim,
+            bias=config.add_qkv_bias,
+            skip_bias_add=False,
+            tp_comm_buffer_name="qkv",
+            **column,
+        )
+        # Apart from linear_qkv, although sequence parallelism gathers the input once for each: converted models then keep the qkv
+        # weight of their origin, and the gate of a full layer can be left out of weight decay.
+        self.linear_gate = build_module(
+            submodules.linear_gate,
+            config.hidden_size,
+            num_kv_heads * num_slots,
+            bias=False,
+            skip_bias_add=False,
+            tp_comm_buffer_name="gate",
+            **column,
+        )
+        self.linear_proj = build_module(
+            submodules.linear_proj,
+            num_heads * self.head_dim,
+            config.hidden_size,
+            config=config,
+            init_method=config.output_layer_init_method,
+            bias=False,
+            input_is_parallel=True,
+            skip_bias_add=True,
+            tp_comm_buffer_name="proj",
+            tp_group=self.tp_group,
+        )
+        eps = config.layernorm_epsilon
+        self.q_layernorm = HeadRMSNorm(config, self.head_dim, eps, self.tp_group) if qk_norm == "rms" else None
+        self.k_layernorm = HeadRMSNorm(config, self.head_dim, eps, self.tp_group) if qk_norm == "rms" else None
+        self.output_norm = HeadsRMSNorm(config, num_heads * self.head_dim, eps, self.tp_group) if output_norm == "rms" else None
+
+        self.record_statistics = False
+        self.statistics: dict[str, Tensor] | None = None
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        *,
+        packed_seq_params: Documents | None = None,
+        inference_context: Any = None,
+        **_: Any,  # rotary tensors and offsets of Megatron's own position embeddings, which this layer does not use
+    ) -> tuple[Tensor, None]:
+        """[s, b, h] -> ([s, b, h], None), both s / tp under sequence parallelism. Causal; `attention_mask` is not read."""
+        assert inference_context is None, "generation runs in the exported Hugging Face model, not through Megatron's inference"
+        cu_seqlens = packed_seq_params.cu_seqlens if packed_seq_params is not None else None
+
+        qkv, _ = self.linear_qkv(hidden_states)
+        z, _ = self.linear_gate(hidden_states)
+        q, k, v = self._split_heads(qkv)
+        if self.q_layernorm is not None and self.k_layernorm is not None:
+            q, k = self.q_layernorm(q), self.k_layernorm(k)
+        if self.value_activation == "silu":
+            v = F.silu(v)
+        g = F.logsigmoid(z.float()) / self.tau
+        g = g.unflatten(-1, (self.num_kv_heads_per_rank, self.num_slots))
+
+        s, b = q.shape[:2]
+        # The operator wants [batch, tokens, ...]; documents lie in one row of b * s tokens.
+        q, k, v, g = (x.transpose(0, 1) for x in (q, k, v, g))
+        if cu_seqlens is not None:
+            q, k, v, g = (x.reshape(1, b * s, *x.shape[2:]) for x in (q, k, v, g))
+        if self.record_statistics:
+            self._record_statistics(q, k, v, g, cu_seqlens)
+        if self.recompute and torch.is_grad_enabled():
+            # The operator draws no random numbers, so no generator state is kept. The exchange runs again in the backward, on all
+            # ranks in the same order.
+            out = torch.utils.checkpoint.checkpoint(self._operator, q, k, v, g, cu_seqlens, use_reentrant=False, preserve_rng_state=False)
+        else:
+            out = self._operator(q, k, v, g, cu_seqlens)
+        out = out.reshape(b, s, -1).transpose(0, 1)
+        if self.output_norm is not None:
+            out = self.output_norm(F.silu(out))
+        return self.linear_proj(out.contiguous())
+
+    def _split_heads(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        grouped = qkv.unflatten(-1, (self.num_kv_heads_per_rank, self.queries_per_group + 2, self.head_dim))
+        q, k, v = grouped.split([self.queries_per_group, 1, 1], dim=-2)
+        return q.flatten(-3, -2), k.squeeze(-2), v.squeeze(-2)
+
+    def _operator_options(self, device: torch.device) -> dict[str, Any]:
+        if self._rope.device != device:
+            self._rope = self._rope.to(device)
+        return {
+            "window": self.window,
+            "rope": self._rope,
+            "rope_attention_factor": self._rope_attention_factor,
+            "empty_slots": self.empty_slots,
+        }
+
+    def _operator(self, q: Tensor, k: Tensor, v: Tensor, g: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+        options = self._operator_options(q.device)
+        if self.pg_collection.cp.size() == 1:
+            return nha_attention(q, k, v, g, cu_seqlens=cu_seqlens, **options)
+        from nha_megatron.attention.context_parallel_exchange import context_parallel_attention
+
+        return context_parallel_attention(q, k, v, g, group=self.pg_collection.cp, cu_seqlens=cu_seqlens, **options)
+
+    def _record_statistics(self, q: Tensor, k: Tensor, v: Tensor, g: Tensor, cu_seqlens: Tensor | None) -> None:
+        self.record_statistics = False
+        self.statistics = attention_statistics(q, k, v, g, cu_seqlens=cu_seqlens, **self._operator_options(q.device))

@@ -1,0 +1,1 @@
+"""Who owns device, process groups, optimizer, gradient reduction and precision."""

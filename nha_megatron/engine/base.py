@@ -1,0 +1,51 @@
+"""What the training loop and the checkpoints ask of an engine."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from nha_megatron.data import Batch
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """One optimizer step, the same on every rank."""
+
+    loss: float
+    """Mean over the counted tokens of the global batch, before the update. Natural logarithm."""
+    tokens: int
+    """Counted tokens of the global batch."""
+    grad_norm: float
+    """L2 norm of the whole gradient before clipping."""
+    skipped: bool
+    """The gradient was not finite: weights and optimizer state are unchanged."""
+
+
+class Engine(Protocol):
+    """Owns the model's precision, gradient reduction and optimizer. All methods are collective: every rank calls them."""
+
+    device: torch.device
+    model_chunks: list[nn.Module]
+
+    def train_step(self, batches: Sequence[Batch], lr: float) -> StepResult:
+        """Forward, backward and update over this rank's micro batches of one global batch."""
+
+    def evaluate(self, batches: Sequence[Batch]) -> tuple[float, int]:
+        """(loss sum, counted tokens) over all ranks' micro batches, without gradients."""
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """This rank's parameters under names that do not depend on the layout."""
+
+    def load_weights(self, weights: Mapping[str, Tensor]) -> None:
+        """Takes full tensors by layout-independent name, and slices what this rank holds. The optimizer starts from them."""
+
+    def sharded_state_dict(self, is_loading: bool) -> dict[str, Any]:
+        """Model and optimizer for `megatron.core.dist_checkpointing`; resharding is up to it."""
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Takes what `dist_checkpointing.load` made of `sharded_state_dict(is_loading=True)`."""

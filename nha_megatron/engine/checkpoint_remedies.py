@@ -1,0 +1,56 @@
+"""Loading torch Adam state into Megatron's distributed optimizer, where TransformerEngine and Apex are absent.
+
+Two gaps of megatron-core 0.16.1 and 0.19.2, on CPU and CUDA alike:
+- `DistributedOptimizer.state_dict` asserts that there is one `step` value, which a fresh torch Adam does not have: `create_adam_state`.
+- the `fully_reshardable` loader leaves `step` out of what it hands on, and the receiver asks for it: `pass_step_on`.
+  (The step itself comes back through the parameter groups.)
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+
+
+def distributed_optimizers(optimizer: Any) -> list[DistributedOptimizer]:
+    """The distributed optimizers inside a (chained) Megatron optimizer."""
+    parts = getattr(optimizer, "chained_optimizers", [optimizer])
+    assert all(isinstance(part, DistributedOptimizer) for part in parts), [type(part) for part in parts]
+    return parts
+
+
+def create_adam_state(optimizer: Any) -> None:
+    """Gives every parameter without optimizer state the state of step 0. Parameters that have one keep it."""
+    for part in distributed_optimizers(optimizer):
+        inner = part.optimizer
+        if not isinstance(inner, torch.optim.Adam | torch.optim.AdamW):
+            continue  # TransformerEngine and Apex keep the step in the parameter group
+        for group in inner.param_groups:
+            for parameter in group["params"]:
+                if parameter not in inner.state:
+                    inner.state[parameter] = {
+                        "step": torch.tensor(0.0),
+                        "exp_avg": torch.zeros_like(parameter),
+                        "exp_avg_sq": torch.zeros_like(parameter),
+                    }
+
+
+def pass_step_on(optimizer: Any) -> None:
+    """Makes the receiver of loaded optimizer state keep the `step` that it has when the loader hands none."""
+    for part in distributed_optimizers(optimizer):
+        if isinstance(part.optimizer, torch.optim.Adam | torch.optim.AdamW):
+            part._set_main_param_and_optimizer_states = _KeepStep(part)
+
+
+class _KeepStep:
+    def __init__(self, optimizer: DistributedOptimizer) -> None:
+        self.optimizer = optimizer
+
+    def __call__(self, model_param: torch.nn.Parameter, tensors: dict[str, torch.Tensor]) -> None:
+        if "step" not in tensors:
+            group, index = self.optimizer.model_param_group_index_map[model_param]
+            main_parameter = self.optimizer.optimizer.param_groups[group]["params"][index]
+            tensors = {**tensors, "step": self.optimizer.optimizer.state[main_parameter]["step"]}
+        DistributedOptimizer._set_main_param_and_optimizer_states(self.optimizer, model_param, tensors)

@@ -1,0 +1,194 @@
+"""The Megatron engine: DistributedDataParallel, the distributed optimizer, and Megatron's pipeline schedules."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
+from megatron.core.optimizer.optimizer_config import ParamKey, ParamPredicate
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.transformer.module import Float16Module
+from torch import Tensor, nn
+
+from nha_megatron.attention.documents import Documents
+from nha_megatron.config import ConfigError
+from nha_megatron.engine.base import StepResult
+from nha_megatron.engine.checkpoint_remedies import create_adam_state, distributed_optimizers, pass_step_on
+from nha_megatron.engine.layout import Layout
+from nha_megatron.model.build import build_model
+from nha_megatron.model.initialize import initialize_weights
+from nha_megatron.model.loss import language_model_loss
+from nha_megatron.model.parameters import full_shape, global_parameters, shard_of
+
+if TYPE_CHECKING:
+    from nha_megatron.config import RunConfig
+    from nha_megatron.data import Batch
+
+# The only format of optimizer state that survives a change of TP, PP, CP and DP sizes.
+_CHECKPOINT_FORMAT = "fully_reshardable"
+
+
+class MegatronEngine:
+    """Trains one model over a `Layout`. See `nha_megatron.engine.base.Engine` for the methods.
+
+    The optimizer is the distributed one in every layout, also where data and context parallelism are 1: one code path, and one
+    checkpoint format for all of them.
+    """
+
+    def __init__(self, config: RunConfig, device: torch.device, layout: Layout) -> None:
+        self.config = config
+        self.device = device
+        self.layout = layout
+        self._attentions: dict[int, nn.Module] = {}
+        chunks = build_model(config, device, layout.groups)
+        initialize_weights(chunks, config.model, config.training.seed, layout.tp_rank, layout.tp_size)
+        self.model_chunks: list[nn.Module] = self._wrap(chunks)
+        self.optimizer = self._make_optimizer()
+        pass_step_on(self.optimizer)
+        megatron_config = chunks[0].config
+        megatron_config.finalize_model_grads_func = finalize_model_grads
+        megatron_config.grad_scale_func = None  # bfloat16 needs no loss scale
+        self._forward_backward = get_forward_backward_func()
+
+    def _wrap(self, chunks: list[nn.Module]) -> list[nn.Module]:
+        megatron_config = chunks[0].config
+        if self.config.training.precision == "bf16":
+            chunks = [Float16Module(megatron_config, chunk) for chunk in chunks]
+        ddp_config = DistributedDataParallelConfig(grad_reduce_in_fp32=True, use_distributed_optimizer=True, overlap_grad_reduce=False)
+        return [
+            DistributedDataParallel(megatron_config, ddp_config, chunk, disable_bucketing=i > 0, pg_collection=self.layout.groups)
+            for i, chunk in enumerate(chunks)
+        ]
+
+    def _make_optimizer(self) -> Any:
+        settings = self.config.optimizer
+        dtype = next(self.model_chunks[0].parameters()).dtype
+        optimizer_config = OptimizerConfig(
+            optimizer="adam",  # with decoupled decay: AdamW
+            lr=settings.lr,
+            min_lr=settings.min_lr,
+            weight_decay=settings.weight_decay,
+            adam_beta1=settings.betas[0],
+            adam_beta2=settings.betas[1],
+            adam_eps=settings.eps,
+            clip_grad=settings.clip_grad,
+            bf16=dtype is torch.bfloat16,
+            params_dtype=dtype,
+            use_distributed_optimizer=True,
+        )
+        vectors = ParamPredicate(name="vectors", fn=lambda parameter: parameter.dim() == 1)  # norms and biases
+        no_decay = ParamKey(attr="no_weight_decay", predicate=vectors)
+        optimizer = get_megatron_optimizer(optimizer_config, self.model_chunks, config_overrides={no_decay: {"wd_mult": 0.0}})
+        for group in optimizer.param_groups:
+            group["weight_decay"] = settings.weight_decay * group["wd_mult"]
+        return optimizer
+
+    def train_step(self, batches: Sequence[Batch], lr: float) -> StepResult:
+        """One update over this rank's micro batches of a global batch. A gradient that is not finite is not applied."""
+        loss_sum, tokens = self._accumulate_gradients(batches)
+        if tokens == 0:
+            raise ConfigError("the global batch has no token that counts: every label is masked. Check the data and its loss masks.")
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.optimizer.prepare_grads()
+        grad_norm = float(self.optimizer.get_grad_norm())
+        skipped = not (math.isfinite(grad_norm) and math.isfinite(loss_sum))
+        if not skipped:
+            self._clip(grad_norm)
+            self.optimizer.step_with_ready_grads()
+        return StepResult(loss=loss_sum / tokens, tokens=tokens, grad_norm=grad_norm, skipped=skipped)
+
+    def _clip(self, grad_norm: float) -> None:
+        if self.config.optimizer.clip_grad == 0:
+            return
+        for optimizer in distributed_optimizers(self.optimizer):
+            parameters = optimizer.get_parameters()
+            if parameters:
+                clip_grad_by_total_norm_fp32(parameters, max_norm=self.config.optimizer.clip_grad, total_norm=grad_norm)
+
+    def _accumulate_gradients(self, batches: Sequence[Batch]) -> tuple[float, int]:
+        for chunk in self.model_chunks:
+            chunk.zero_grad_buffer()
+            chunk.train()
+        self.optimizer.zero_grad()
+        return self._run(batches, forward_only=False)
+
+    @torch.no_grad()
+    def evaluate(self, batches: Sequence[Batch]) -> tuple[float, int]:
+        """(loss sum, counted tokens) over all ranks' micro batches."""
+        for chunk in self.model_chunks:
+            chunk.eval()
+        return self._run(batches, forward_only=True)
+
+    def _run(self, batches: Sequence[Batch], forward_only: bool) -> tuple[float, int]:
+        # Every chunk of an interleaved stage reads the same micro batches, each through an iterator of its own.
+        iterators = [iter(batches) for _ in self.model_chunks]
+        reports = self._forward_backward(
+            forward_step_func=self._forward_step,
+            data_iterator=iterators if len(iterators) > 1 else iterators[0],
+            model=self.model_chunks if len(self.model_chunks) > 1 else self.model_chunks[0],
+            num_microbatches=len(batches),
+            seq_length=self.config.data.sequence_length,
+            micro_batch_size=self.config.training.micro_batch_size,
+            forward_only=forward_only,
+        )
+        # Only the last stage has reports; zeros elsewhere make the sum over stages a broadcast.
+        total = torch.zeros(2, dtype=torch.float64, device=self.device)
+        for report in reports:
+            total += report
+        dist.all_reduce(total, group=self.layout.groups.dp_cp)
+        dist.all_reduce(total, group=self.layout.groups.pp)
+        loss_sum, tokens = total.tolist()
+        return loss_sum, int(tokens)
+
+    def _forward_step(self, iterator: Iterator[Batch], model: nn.Module) -> tuple[Tensor, Any]:
+        batch = next(iterator).to(self.device)
+        documents = Documents(cu_seqlens=batch.cu_seqlens) if batch.cu_seqlens is not None else None
+        # Positions are relative to the window, and our layers read no attention mask.
+        output = model(batch.tokens, position_ids=None, attention_mask=None, packed_seq_params=documents)
+        loss = partial(
+            language_model_loss,
+            labels=batch.labels,
+            loss_mask=batch.loss_mask,
+            vocab_size=self.config.model.vocab_size,
+            tp_rank=self.layout.tp_rank,
+        )
+        return output, loss
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """This rank's parameters under names that do not depend on the layout (layer numbers over the whole model)."""
+        return global_parameters(self.model_chunks)
+
+    @torch.no_grad()
+    def load_weights(self, weights: Mapping[str, Tensor]) -> None:
+        """Takes full tensors by layout-independent name. Raises ConfigError if a tensor is missing or has another shape."""
+        for name, parameter in self.named_parameters():
+            if name not in weights:
+                raise ConfigError(f"the weights to start from have no tensor {name!r}; they belong to another model shape")
+            shape = full_shape(parameter, self.layout.tp_size)
+            if tuple(weights[name].shape) != shape:
+                raise ConfigError(f"tensor {name!r} to start from is {tuple(weights[name].shape)}, the configuration makes it {shape}")
+            parameter.copy_(shard_of(weights[name], parameter, self.layout.tp_rank, self.layout.tp_size))
+        self.optimizer.reload_model_params()
+
+    def sharded_state_dict(self, is_loading: bool) -> dict[str, Any]:
+        """`model0`, `model1`, ... (one per chunk) and `optimizer`, for `dist_checkpointing.save` or `load`."""
+        create_adam_state(self.optimizer)
+        metadata = {"distrib_optim_sharding_type": _CHECKPOINT_FORMAT, "dp_cp_group": self.layout.groups.dp_cp}
+        state: dict[str, Any] = {f"model{i}": chunk.sharded_state_dict(metadata=metadata) for i, chunk in enumerate(self.model_chunks)}
+        state["optimizer"] = self.optimizer.sharded_state_dict(dict(state), is_loading=is_loading, metadata=metadata)
+        return state
+
+    @torch.no_grad()  # Megatron copies into views of leaf parameters
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continues from a loaded checkpoint, whatever layout wrote it."""
+        for i, chunk in enumerate(self.model_chunks):
+            chunk.load_state_dict(state[f"model{i}"])
+        self.optimizer.load_state_dict(state["optimizer"])

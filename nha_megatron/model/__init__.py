@@ -1,0 +1,1 @@
+"""Run configuration -> Megatron layer specs -> GPTModel, its initial weights and its loss."""

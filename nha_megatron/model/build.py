@@ -1,0 +1,113 @@
+"""RunConfig -> Megatron's TransformerConfig -> the GPTModel of each model chunk on this rank."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core.models.gpt import GPTModel
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from nha_megatron.model.compat import mark_tensor_parallel_weights
+from nha_megatron.model.parameters import global_parameters
+from nha_megatron.model.specs import block_spec
+
+if TYPE_CHECKING:
+    from nha_megatron.config import RunConfig
+
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def transformer_config(config: RunConfig) -> TransformerConfig:
+    """Megatron's configuration of the run: local layers, no fused kernels that need Apex or TransformerEngine."""
+    model, parallel, training = config.model, config.parallel, config.training
+    dtype = _DTYPES[training.precision]
+    virtual_stages = parallel.virtual_pipeline or 1
+    recompute: dict[str, Any] = {}
+    if training.recompute == "full":
+        recompute = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+    return TransformerConfig(
+        num_layers=model.num_layers,
+        hidden_size=model.hidden_size,
+        ffn_hidden_size=model.ffn_hidden_size,
+        num_attention_heads=model.num_heads,
+        num_query_groups=model.num_kv_heads,
+        kv_channels=model.head_dim,
+        layernorm_epsilon=model.norm_eps,
+        normalization="RMSNorm",
+        gated_linear_unit=True,
+        activation_func=F.silu,
+        add_bias_linear=False,
+        add_qkv_bias=model.qkv_bias,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        tensor_model_parallel_size=parallel.tensor,
+        sequence_parallel=parallel.sequence,
+        context_parallel_size=parallel.context,
+        pipeline_model_parallel_size=parallel.pipeline,
+        virtual_pipeline_model_parallel_size=virtual_stages if virtual_stages > 1 else None,
+        pipeline_dtype=dtype,
+        params_dtype=dtype,
+        bf16=dtype is torch.bfloat16,
+        # Weights are left empty here, on the device of the surrounding `torch.device` context, and drawn by model/initialize.py.
+        use_cpu_initialization=True,
+        perform_initialization=False,
+        # Gradients are sums over tokens, divided once by the global count: exact for any loss mask and layout.
+        calculate_per_token_loss=True,
+        # Checkpoint keys carry the layer number, so that layers of one stack may differ.
+        hetereogenous_dist_checkpoint=True,
+        # The fused forms need Apex, or torch.compile on the CPU.
+        gradient_accumulation_fusion=False,
+        bias_activation_fusion=False,
+        bias_dropout_fusion=False,
+        masked_softmax_fusion=False,
+        **recompute,
+    )
+
+
+def build_model(config: RunConfig, device: torch.device, groups: ProcessGroupCollection) -> list[GPTModel]:
+    """This rank's model chunks with uninitialised weights on `device`: one, or `virtual_pipeline` of them when interleaved."""
+    megatron_config = transformer_config(config)
+    pp_rank, pp_size = groups.pp.rank(), groups.pp.size()
+    virtual_stages = config.parallel.virtual_pipeline or 1
+    chunks = []
+    for chunk in range(virtual_stages):
+        vp_stage = chunk if virtual_stages > 1 else None
+        spec = block_spec(
+            config.model, megatron_config, recompute_attention=config.training.recompute == "selective", pp_rank=pp_rank, vp_stage=vp_stage
+        )
+        with device:
+            model = GPTModel(
+                config=megatron_config,
+                transformer_layer_spec=spec,
+                vocab_size=config.model.padded_vocab_size,
+                max_sequence_length=config.data.sequence_length,
+                pre_process=pp_rank == 0 and chunk == 0,
+                post_process=pp_rank == pp_size - 1 and chunk == virtual_stages - 1,
+                share_embeddings_and_output_weights=config.model.tie_embeddings,
+                # Positions enter in the attention layers, relative to the window.
+                position_embedding_type="none",
+                pg_collection=groups,
+                vp_stage=vp_stage,
+            )
+        mark_tensor_parallel_weights(model)
+        chunks.append(model)
+    _exempt_from_decay(config, chunks)
+    return chunks
+
+
+def build_meta_model(config: RunConfig, groups: ProcessGroupCollection) -> GPTModel:
+    """The whole model on the meta device: shapes without memory. `groups` is a grid of one rank, whatever `config.parallel` says."""
+    single = config.model_copy(update={"parallel": type(config.parallel)()})
+    (model,) = build_model(single, torch.device("meta"), groups)
+    return model
+
+
+def _exempt_from_decay(config: RunConfig, chunks: list[GPTModel]) -> None:
+    # The gate of a full layer never gets a gradient; decay alone would shrink it, and the window could not be narrowed later.
+    # (Norms and biases are exempt by their shape.)
+    full = {f"decoder.layers.{i}.self_attention.linear_gate.weight" for i, window in enumerate(config.model.windows) if window is None}
+    for name, parameter in global_parameters(chunks):
+        parameter.no_weight_decay = name in full
