@@ -102,9 +102,13 @@ def extend_sequence(
         rows = torch.arange(held, device=device)
         holds = rows >= held - seen[:, None].clamp(max=held)
         documents = torch.cat([torch.where(holds, 0, _NOT_A_TOKEN), documents.expand(batch, -1)], dim=1)
-        k = torch.cat([memory.window_keys, k], dim=1)
-        v = torch.cat([memory.window_values, v], dim=1)
-        g = torch.cat([memory.window_log_gates.to(g.dtype), g], dim=1)
+
+        def behind(memory_rows: Tensor, tokens: Tensor) -> Tensor:  # rows that hold nothing may be anything, so they become zeros
+            return torch.cat([torch.where(holds[..., None, None], memory_rows.to(tokens.dtype), 0.0), tokens], dim=1)
+
+        k = behind(memory.window_keys, k)
+        v = behind(memory.window_values, v)
+        g = behind(memory.window_log_gates, g)
 
     return ExtendedSequence(
         keys=k,
