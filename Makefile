@@ -1,0 +1,30 @@
+# Two commands on a fresh machine: `make quickstart` and `make test`. Both make .venv and install pinned dependencies first.
+# To use a Python that already has them (a cluster's container, say): make test VENV= PYTHON=python3
+PYTHON ?= python3
+VENV ?= .venv
+RUN := $(if $(VENV),$(VENV)/bin/python,$(PYTHON))
+INSTALLED := $(if $(VENV),$(VENV)/.installed)
+PATHS := PYTHONPATH=$(CURDIR):$(CURDIR)/kernels$(if $(PYTHONPATH),:$(PYTHONPATH))
+
+.PHONY: quickstart test test-slow lint clean
+
+quickstart: $(INSTALLED)
+	$(PATHS) $(RUN) tools/quickstart.py
+
+test: $(INSTALLED)
+	$(PATHS) HF_HUB_OFFLINE=1 $(RUN) -m pytest -m "not slow" $(ARGS)
+
+test-slow: $(INSTALLED)
+	$(PATHS) HF_HUB_OFFLINE=1 $(RUN) -m pytest $(ARGS)
+
+lint: $(INSTALLED)
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+	$(RUN) -m mypy
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	launch/setup_environment.sh "$(PYTHON)" "$(VENV)"
+	touch $@
+
+clean:
+	rm -rf .venv runs data build *.egg-info
