@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
@@ -14,12 +14,11 @@ from torch.distributed.checkpoint import CheckpointException
 
 from nha_megatron.checkpoint.collective import from_rank_zero, on_rank_zero
 from nha_megatron.checkpoint.files import CheckpointError, prepare_root, published_steps, step_directory
-from nha_megatron.checkpoint.manifest import Manifest, read_manifest, verify
+from nha_megatron.checkpoint.manifest import read_manifest, verify
 from nha_megatron.checkpoint.safety import require_plain_data
 from nha_megatron.checkpoint.state import Progress, restore_rng, rng_for_loading
-
-if TYPE_CHECKING:
-    from nha_megatron.engine.base import Engine
+from nha_megatron.checkpoint.weights import CheckpointWeights
+from nha_megatron.engine.base import Engine
 
 # What megatron-core and torch raise when a state dict does not fit the files. CheckpointException is a BaseException.
 _MISFITS = (CheckpointException, CheckpointingException, KeyError, ValueError, AssertionError, RuntimeError)
@@ -28,7 +27,8 @@ _MISFITS = (CheckpointException, CheckpointingException, KeyError, ValueError, A
 _FIXED_IN_A_RUN = {
     "model": None,
     "data": ("sequence_length", "packing", "seed"),
-    "training": ("global_batch_size",),
+    "training": ("global_batch_size", "precision"),
+    "optimizer": ("betas", "eps", "weight_decay"),  # the optimizer's state brings its own
 }
 _FREE_IN_MODEL = ("init_from", "init_std")
 
@@ -58,13 +58,13 @@ def load_checkpoint(directory: Path, engine: Engine, config: dict[str, Any]) -> 
     require_same_run(directory, manifest.config, config)
     require_plain_data(directory)
     state = engine.sharded_state_dict(is_loading=True)
-    state["rng_state"] = rng_for_loading(manifest.world_size)
+    state["rng_state"] = rng_for_loading(manifest.world_size, engine.device)
     try:
         # RAISE_ALL: a tensor that only the checkpoint or only the model has is an error, not a default.
         loaded = dist_checkpointing.load(state, str(directory), strict=StrictHandling.RAISE_ALL)
     except _MISFITS as error:
         raise CheckpointError(f"checkpoint {directory} does not fit this model: {_reason(error)}") from error
-    restore_rng(loaded.pop("rng_state"))
+    restore_rng(loaded.pop("rng_state"), engine.device)
     engine.load_state_dict(loaded)
     return Progress(manifest.step, manifest.tokens)
 
@@ -72,27 +72,20 @@ def load_checkpoint(directory: Path, engine: Engine, config: dict[str, Any]) -> 
 def load_weights(directory: Path, engine: Engine) -> None:
     """Starts a new run from a checkpoint's weights: no optimizer state, no position. Collective.
 
-    Every weight of the model must be in the checkpoint with its shape, and every weight of the checkpoint must be used.
+    Raises `CheckpointError` or `ConfigError` unless the model takes every weight of the checkpoint, each with its shape,
+    and the checkpoint has every weight of the model.
     """
     verify(directory, dist.group.WORLD)
-    require_plain_data(directory)
-    state = {name: part for name, part in engine.sharded_state_dict(is_loading=True).items() if name.startswith("model")}
-    try:
-        loaded, unused, absent = dist_checkpointing.load(state, str(directory), strict=StrictHandling.RETURN_ALL)
-    except _MISFITS as error:
-        raise CheckpointError(f"the weights of checkpoint {directory} do not fit this model: {_reason(error)}") from error
-    unused = {name for name in unused if is_weight(name)}
-    if absent or unused:
+    weights = CheckpointWeights(directory)
+    held: list[set[str]] = [set() for _ in range(dist.get_world_size())]
+    dist.all_gather_object(held, {name for name, _ in engine.named_parameters()})
+    wanted = set().union(*held)
+    if wanted != set(weights):
         raise CheckpointError(
-            f"the weights of checkpoint {directory} do not fit this model: "
-            f"the model has no place for {_few(unused)}; the checkpoint lacks {_few(absent)}. Compare the `model` sections"
+            f"the weights of checkpoint {directory} do not fit this model: the model has no place for {_few(set(weights) - wanted)}; "
+            f"the checkpoint lacks {_few(wanted - set(weights))}. Compare the `model` sections of the two runs"
         )
-    engine.load_state_dict(loaded)
-
-
-def is_weight(name: str) -> bool:
-    """Whether a tensor of a checkpoint is a model weight: the optimizer and the trainer name theirs with a prefix."""
-    return not name.startswith(("optimizer", "chained_", "rng_state", "common_state"))
+    engine.load_weights(weights)
 
 
 def require_same_run(directory: Path, saved: dict[str, Any], current: dict[str, Any]) -> None:

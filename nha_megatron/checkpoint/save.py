@@ -13,7 +13,7 @@ A crash at any point leaves either the checkpoint before, or this one, complete.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
@@ -24,9 +24,7 @@ from nha_megatron.checkpoint.collective import on_rank_zero
 from nha_megatron.checkpoint.files import CheckpointError, make_partial, partial_directory, publish, retain, step_directory, write_latest
 from nha_megatron.checkpoint.manifest import Manifest, describe_files, versions, write_manifest
 from nha_megatron.checkpoint.state import Progress, rng_for_saving
-
-if TYPE_CHECKING:
-    from nha_megatron.engine.base import Engine
+from nha_megatron.engine.base import Engine
 
 
 def save_checkpoint(root: Path, engine: Engine, progress: Progress, config: dict[str, Any], keep: int) -> Path:
@@ -39,7 +37,7 @@ def save_checkpoint(root: Path, engine: Engine, progress: Progress, config: dict
     on_rank_zero(f"checkpoint {final} cannot be written", lambda: make_partial(partial))
     state = engine.sharded_state_dict(is_loading=False)
     assert "rng_state" not in state
-    state["rng_state"] = rng_for_saving()
+    state["rng_state"] = rng_for_saving(engine.device)
     try:
         dist_checkpointing.save(state, str(partial))
     except (CheckpointException, CheckpointingException, OSError, RuntimeError) as error:

@@ -20,19 +20,19 @@ class Progress:
     tokens: int = 0
 
 
-def rng_for_saving() -> ShardedTensor:
+def rng_for_saving(device: torch.device) -> ShardedTensor:
     """Row `rank` of a [world, bytes] tensor: the state of this rank's CPU generator, then of its CUDA generator (zeros without one)."""
-    state = _rng_state()
+    state = _rng_state(device)
     return ShardedTensor.from_rank_offsets(_KEY, state[None], (0, dist.get_rank(), dist.get_world_size()))
 
 
-def rng_for_loading(saved_world_size: int) -> ShardedTensor:
+def rng_for_loading(saved_world_size: int, device: torch.device) -> ShardedTensor:
     """The whole [saved world, bytes] tensor, read by every rank: at another world size its rows have no owner."""
-    rows = torch.empty(saved_world_size, _rng_state().numel(), dtype=torch.uint8)
+    rows = torch.empty(saved_world_size, _rng_state(device).numel(), dtype=torch.uint8)
     return ShardedTensor.from_rank_offsets(_KEY, rows, replica_id=dist.get_rank())
 
 
-def restore_rng(rows: torch.Tensor) -> None:
+def restore_rng(rows: torch.Tensor, device: torch.device) -> None:
     """Continues this rank's generators where they were saved; with another number of ranks they stay as seeded.
 
     Nothing in training draws from them today (no dropout, the data order is a pure function), so a resumed run is exact
@@ -42,11 +42,11 @@ def restore_rng(rows: torch.Tensor) -> None:
         return
     state = rows[dist.get_rank()].clone()
     torch.set_rng_state(state[:-_CUDA_BYTES])
-    if torch.cuda.is_available() and state[-_CUDA_BYTES:].any():
-        torch.cuda.set_rng_state(state[-_CUDA_BYTES:].clone())
+    if device.type == "cuda" and state[-_CUDA_BYTES:].any():
+        torch.cuda.set_rng_state(state[-_CUDA_BYTES:].clone(), device)
 
 
-def _rng_state() -> torch.Tensor:
-    cuda = torch.cuda.get_rng_state() if torch.cuda.is_available() else torch.zeros(_CUDA_BYTES, dtype=torch.uint8)
+def _rng_state(device: torch.device) -> torch.Tensor:
+    cuda = torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.zeros(_CUDA_BYTES, dtype=torch.uint8)
     assert cuda.numel() == _CUDA_BYTES, f"the CUDA generator has {cuda.numel()} bytes of state"
     return torch.cat([torch.get_rng_state(), cuda])

@@ -6,11 +6,13 @@ import signal
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from nha_megatron.checkpoint import Progress
 from nha_megatron.config import RunConfig
 from nha_megatron.data import BatchReader
+from nha_megatron.engine.base import Engine
+from nha_megatron.engine.layout import Layout
 from nha_megatron.training import layer_statistics
 from nha_megatron.training.console import Console
 from nha_megatron.training.guards import require_finite
@@ -19,10 +21,6 @@ from nha_megatron.training.metrics import MetricsLog
 from nha_megatron.training.schedule import learning_rate
 from nha_megatron.training.signals import StopRequest
 from nha_megatron.training.throughput import Throughput
-
-if TYPE_CHECKING:
-    from nha_megatron.engine.base import Engine
-    from nha_megatron.engine.layout import Layout
 
 
 @dataclass
