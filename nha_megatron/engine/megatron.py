@@ -182,7 +182,9 @@ class MegatronEngine:
         """`model0`, `model1`, ... (one per chunk) and `optimizer`, for `dist_checkpointing.save` or `load`."""
         create_adam_state(self.optimizer)
         metadata = {"distrib_optim_sharding_type": _CHECKPOINT_FORMAT, "dp_cp_group": self.layout.groups.dp_cp}
-        state: dict[str, Any] = {f"model{i}": chunk.sharded_state_dict(metadata=metadata) for i, chunk in enumerate(self.model_chunks)}
+        state: dict[str, Any] = {
+            f"model{i}": chunk.module.sharded_state_dict(metadata=metadata) for i, chunk in enumerate(self.model_chunks)
+        }
         state["optimizer"] = self.optimizer.sharded_state_dict(dict(state), is_loading=is_loading, metadata=metadata)
         return state
 
