@@ -1,6 +1,8 @@
 """Section `data`: what is read, and how it is cut into samples."""
 
-from typing import Literal
+from typing import Annotated, Literal
+
+from pydantic import Field
 
 from .base import NonNegative, PathString, Positive, PositiveReal, Section
 
@@ -14,12 +16,15 @@ class BlendEntry(Section):
     """Share of the samples, relative to the sum of all weights."""
 
 
+Blend = Annotated[list[BlendEntry], Field(min_length=1)]
+
+
 class DataConfig(Section):
     """Token files and the order of samples. Relative paths start at the working directory."""
 
-    path: PathString | list[BlendEntry]
+    path: PathString | Blend
     """Prefix of the training token files, or a weighted blend of several."""
-    validation: PathString | list[BlendEntry] | None = None
+    validation: PathString | Blend | None = None
     """The same for validation; null: no validation."""
     tokenizer: PathString | None = None
     """A Hugging Face tokenizer directory; needed for export and for text samples."""

@@ -65,8 +65,10 @@ def load_config(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> 
 
 def parse_config(data: Mapping[str, Any], source: str = "configuration") -> RunConfig:
     """Validate plain data. Raises `ConfigError` with one message that lists every problem; `source` names the data in it."""
+    # A section that is only a heading in YAML (`parallel:`) is null there; it means all defaults.
+    data = {key: {} if value is None and key in RunConfig.model_fields else value for key, value in data.items()}
     try:
-        return RunConfig.model_validate(dict(data))
+        return RunConfig.model_validate(data)
     except ValidationError as error:
         messages = validation_messages(error, RunConfig)
         if any(detail["loc"] for detail in error.errors()):
@@ -120,9 +122,7 @@ def _read_mapping(path: Path) -> dict[str, Any]:
     if data is None:
         raise ConfigError(f"{path}: the file is empty; it needs the sections {', '.join(RunConfig.model_fields)}")
     if not isinstance(data, dict):
-        raise ConfigError(
-            f"{path}: given a {type(data).__name__} at the top, must be a mapping of sections: {', '.join(RunConfig.model_fields)}"
-        )
+        raise ConfigError(f"{path}: the top level is no mapping; it must hold the sections {', '.join(RunConfig.model_fields)}")
     return data
 
 

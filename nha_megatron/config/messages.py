@@ -23,6 +23,7 @@ _BOUNDS = {
     "less_than": ("less than", "lt"),
     "less_than_equal": ("at most", "le"),
 }
+_UNKNOWN_KEY = ("extra_forbidden", "invalid_key")
 Location = tuple[int | str, ...]
 
 
@@ -36,8 +37,9 @@ def validation_messages(error: ValidationError, schema: type[BaseModel]) -> list
     for keys, details in grouped.items():
         prefix = f"{'.'.join(map(str, keys))}: " if keys else ""
         wrong_types = [detail for detail in details if detail["type"] in _TYPE_NAMES]
-        if wrong_types and not any(other[: len(keys)] == keys and len(other) > len(keys) for other in grouped):
-            # With an error further down, another alternative of the union was meant, and that error says what is wrong with it.
+        deeper = any(other[: len(keys)] == keys and len(other) > len(keys) for other in grouped)
+        if len(wrong_types) == len(details) and not deeper:
+            # Any other error means that one alternative of the union has the right type: that error says what is wrong with it.
             expected = " or ".join(dict.fromkeys(_TYPE_NAMES[detail["type"]] for detail in wrong_types))
             lines.append(f"{prefix}given {_shown(wrong_types[0]['input'])}, must be {expected}")
         for detail in details:
@@ -50,7 +52,7 @@ def _keys(detail: Any) -> Location:
     """Location in the user's terms: without the names of union alternatives that pydantic inserts."""
     *above, last = detail["loc"] or ("",)
     keys = [part for part in above if not _is_alternative(part)]
-    if last != "" and (detail["type"] == "extra_forbidden" or not _is_alternative(last)):
+    if last != "" and (detail["type"] in _UNKNOWN_KEY or not _is_alternative(last)):
         keys.append(last)
     return tuple(keys)
 
@@ -61,7 +63,7 @@ def _is_alternative(part: int | str) -> bool:
 
 def _sentences(detail: Any, schema: type[BaseModel]) -> list[str]:
     kind, given, context = detail["type"], detail["input"], detail.get("ctx", {})
-    if kind == "extra_forbidden":
+    if kind in _UNKNOWN_KEY:
         return [_unknown_key(_keys(detail), schema)]
     if kind == "missing":
         return ["missing, and it has no default; add it"]
@@ -74,6 +76,11 @@ def _sentences(detail: Any, schema: type[BaseModel]) -> list[str]:
     if kind in _BOUNDS:
         words, bound = _BOUNDS[kind]
         return [f"given {_shown(given)}, must be {words} {_number(context[bound])}"]
+    if kind in ("too_short", "too_long"):
+        few = kind == "too_short"
+        return [
+            f"given {_shown(given)}, must have at {'least' if few else 'most'} {context['min_length' if few else 'max_length']} entries"
+        ]
     if kind == "finite_number":
         return [f"given {_shown(given)}, must be a finite number"]
     return [f"given {_shown(given)}: {detail['msg']}"]

@@ -39,10 +39,10 @@ def _model_lines(config: RunConfig) -> list[str]:
 def _layout_lines(config: RunConfig, world: int) -> list[str]:
     parallel, training, length = config.parallel, config.training, config.data.sequence_length
     data = config.check_world(world)
-    tokens = training.global_batch_size * length
+    micro, tokens = config.micro_batches(world), training.global_batch_size * length
     lines = [
         f"tensor {parallel.tensor} x context {parallel.context} x data {data} x pipeline {parallel.pipeline}; tensor ranks are neighbours",
-        f"micro batches a step: {config.micro_batches(world)} of {training.micro_batch_size} x {length // parallel.context:,} tokens a rank",
+        f"micro batches a rank and step: {micro} of {training.micro_batch_size} x {length // parallel.context:,} tokens",
         f"tokens: {tokens:,} a step, {tokens * training.steps:,} in {training.steps:,} steps",
     ]
     if parallel.context > 1:
