@@ -259,7 +259,7 @@ class NHAPreTrainedModel(PreTrainedModel):
 class NHAModel(NHAPreTrainedModel):
     def __init__(self, config: NHAConfig) -> None:
         super().__init__(config)
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList([NHADecoderLayer(config, layer) for layer in range(config.num_hidden_layers)])
         self.norm = NHARMSNorm(config.hidden_size, config.rms_norm_eps)
         self.gradient_checkpointing = False

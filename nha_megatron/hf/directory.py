@@ -1,0 +1,151 @@
+"""Writes a Hugging Face model directory: complete under its name, or not there.
+
+config.json, generation_config.json
+model.safetensors or model-0000i-of-0000n.safetensors, and model.safetensors.index.json in both cases
+configuration_nha.py, modeling_nha.py     loaded with trust_remote_code=True; needs torch and transformers alone
+tokenizer files, where a tokenizer is given
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import GenerationConfig
+
+from nha_megatron.config import ConfigError
+from nha_megatron.hf import configuration_nha
+from nha_megatron.hf.configs import AUTO_MAP
+from nha_megatron.hf.configuration_nha import NHAConfig
+from nha_megatron.hf.modeling_source import modeling_source
+
+INDEX = "model.safetensors.index.json"
+MAX_SHARD_BYTES = 5 * 10**9
+
+# Every file by which transformers knows a tokenizer. Anything else in its directory, such as weights or code, stays there.
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "tokenizer.model",
+    "chat_template.jinja",
+)
+
+
+def require_writable(directory: Path, overwrite: bool) -> None:
+    """Raises ConfigError when `directory` may not be written or replaced. Called before any work is done."""
+    if directory.is_symlink() or (directory.exists() and not directory.is_dir()):
+        raise ConfigError(f"{directory} exists and is not a directory: choose another output")
+    if not directory.exists() or not any(directory.iterdir()):
+        return
+    if not overwrite:
+        raise ConfigError(f"{directory} is not empty: choose another output, or pass --overwrite to replace it")
+    if not (directory / "config.json").is_file():
+        raise ConfigError(f"{directory} has no config.json, so it is not a model directory and is not replaced: choose another output")
+
+
+def write_directory(
+    directory: Path,
+    config: NHAConfig,
+    weights: Mapping[str, Tensor],
+    *,
+    dtype: torch.dtype,
+    tokenizer: Path | None = None,
+    overwrite: bool = False,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+) -> None:
+    """Write everything aside, make it durable, and give it its name in one rename.
+
+    Args:
+        weights: by Hugging Face name; converted to `dtype` shard by shard.
+        tokenizer: directory to copy tokenizer files from.
+
+    Raises:
+        ConfigError: `directory` is not empty and may not be replaced.
+    """
+    require_writable(directory, overwrite)
+    with _written_aside(directory) as aside:
+        config.auto_map = dict(AUTO_MAP)
+        config.dtype = dtype
+        config.save_pretrained(aside)
+        _generation_config(config).save_pretrained(aside)
+        write_safetensors(aside, weights, dtype, max_shard_bytes)
+        shutil.copyfile(configuration_nha.__file__, aside / "configuration_nha.py")
+        (aside / "modeling_nha.py").write_text(modeling_source(), encoding="utf-8")
+        if tokenizer is not None:
+            for name in TOKENIZER_FILES:
+                if (tokenizer / name).is_file():
+                    shutil.copyfile(tokenizer / name, aside / name)
+
+
+def write_safetensors(directory: Path, weights: Mapping[str, Tensor], dtype: torch.dtype, max_shard_bytes: int) -> None:
+    """Shards of at most `max_shard_bytes` (a larger tensor has its own) and the index that names the shard of every weight."""
+    shards = split_into_shards({name: tensor.numel() * dtype.itemsize for name, tensor in weights.items()}, max_shard_bytes)
+    weight_map: dict[str, str] = {}
+    for number, names in enumerate(shards, start=1):
+        file = "model.safetensors" if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        save_file({name: weights[name].to(dtype).contiguous() for name in names}, directory / file, metadata={"format": "pt"})
+        weight_map.update(dict.fromkeys(names, file))
+    total = sum(tensor.numel() for tensor in weights.values())
+    index = {"metadata": {"total_parameters": total, "total_size": total * dtype.itemsize}, "weight_map": weight_map}
+    (directory / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def split_into_shards(sizes: Mapping[str, int], max_bytes: int) -> list[list[str]]:
+    """Names in their order, cut where the next one would not fit any more."""
+    shards: list[list[str]] = [[]]
+    filled = 0
+    for name, size in sizes.items():
+        if shards[-1] and filled + size > max_bytes:
+            shards.append([])
+            filled = 0
+        shards[-1].append(name)
+        filled += size
+    return shards
+
+
+def _generation_config(config: NHAConfig) -> GenerationConfig:
+    eos = config.eos_token_id
+    # Without a padding token of its own the model pads finished rows with end-of-text. That is a matter of generation only: as
+    # config.pad_token_id it would mark a token that the model must learn.
+    pad = config.pad_token_id if config.pad_token_id is not None else (eos[0] if isinstance(eos, list) else eos)
+    return GenerationConfig(bos_token_id=config.bos_token_id, eos_token_id=eos, pad_token_id=pad)
+
+
+@contextmanager
+def _written_aside(directory: Path) -> Iterator[Path]:
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    aside = directory.with_name(f".{directory.name}.{os.getpid()}.partial")
+    replaced = directory.with_name(f".{directory.name}.{os.getpid()}.replaced")
+    aside.mkdir()
+    try:
+        yield aside
+        for path in (*aside.iterdir(), aside):
+            _sync(path)
+        if directory.exists():
+            directory.rename(replaced)
+        aside.rename(directory)
+        _sync(directory.parent)
+    finally:
+        for leftover in (aside, replaced):
+            if leftover.exists():
+                shutil.rmtree(leftover)
+
+
+def _sync(path: Path) -> None:
+    """Makes a file's content, or a folder's names, durable."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
