@@ -157,6 +157,7 @@ def _run_task(function: str, kwargs: dict[str, Any], rank: int, world_size: int,
             # Longer than the pool's own limit, so that the pool names the silent ranks instead of gloo the waiting ones.
             timeout=timedelta(seconds=timeout + 30),
         )
+        dist.barrier()  # a rank that is done at once must not close its sockets while others still connect
         try:
             target = importlib.import_module(module_name)
             for part in name.split("."):

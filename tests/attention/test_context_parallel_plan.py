@@ -5,26 +5,12 @@ from itertools import pairwise
 
 import pytest
 from hypothesis import example, given, settings
-from hypothesis import strategies as st
 
 from nha_megatron.attention.context_parallel_plan import ContextParallelPlan, HaloTransfer, plan_context_parallel
 from nha_megatron.config import ConfigError
+from tests.attention.context_parallel_cases import layouts
 
 View = tuple[list[int], list[int]]  # tokens in the window (query included) and tokens in the slots, oldest first
-
-
-@st.composite
-def layouts(draw: st.DrawFn) -> tuple[int, int, int, tuple[int, ...] | None]:
-    """(L, R, W, cu_seqlens) with windows from 0 to beyond the sequence and boundaries favouring shard edges and their neighbours."""
-    shard, num_ranks = draw(st.integers(1, 9)), draw(st.integers(1, 6))
-    total = shard * num_ranks
-    window = draw(st.one_of(st.integers(0, shard + 1), st.integers(0, total + 2)))
-    if draw(st.booleans()):
-        return shard, num_ranks, window, None
-    near_edges = (r * shard + offset for r in range(num_ranks + 1) for offset in (-window, -1, 0, 1))
-    edges = [edge for edge in near_edges if 0 <= edge <= total]
-    boundaries = draw(st.lists(st.one_of(st.sampled_from(edges), st.integers(0, total)), max_size=6))
-    return shard, num_ranks, window, (0, *sorted(boundaries))
 
 
 def plans_of(shard: int, num_ranks: int, window: int, cu_seqlens: Sequence[int] | None) -> list[ContextParallelPlan]:

@@ -1,0 +1,224 @@
+"""Exact context parallelism: every rank fetches the memory before its shard, then runs the single-device operator on it.
+
+Two messages a layer, whatever the length of the context, both sent before either is waited for:
+
+    all-to-all   halo: raw keys, values and log-gates of the last W tokens, as bytes (keys may be bf16, gates are float32)
+    all-gather   what the pieces of every shard do to the slots, in float32
+
+The backward sends the same two messages in reverse. Every rank runs both, in the same order, with or without predecessors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from nha_kernels import Memory, clamp_log_gates, nha_attention, slot_summary
+from nha_kernels.conventions import EmptySlots, accumulation_dtype
+
+from .context_parallel_plan import ContextParallelPlan, plan_context_parallel
+from .context_parallel_slots import compose_slots, piece_gradient
+
+
+def context_parallel_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    *,
+    window: int | None,
+    group: dist.ProcessGroup,
+    rope: Tensor | None = None,
+    rope_attention_factor: float = 1.0,
+    scale: float | None = None,
+    empty_slots: EmptySlots = "attend",
+    cu_seqlens: Sequence[int] | Tensor | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """`nha_attention` over a sequence whose rank r of `group` holds the tokens [r L, (r + 1) L).
+
+    Args:
+        q, k, v, g: this rank's shard [B, L, ...], as `nha_attention` takes them; L is the same on every rank.
+        window: W >= 0 or None; with more than one rank None is refused.
+        group: the context-parallel ranks in token order.
+        cu_seqlens: document boundaries over all R L tokens, the same on every rank; needs B = 1. On the host, because they decide what
+            is sent: integers or a CPU tensor.
+        rope, rope_attention_factor, scale, empty_slots, backend: as `nha_attention`.
+
+    Returns:
+        Output of the shard [B, L, HQ, V]. The backward gives exact gradients to every rank's q, k, v and g; all ranks must run it.
+
+    Raises:
+        ConfigError: what the plan refuses. ValueError: what `nha_attention` refuses, or cu_seqlens on an accelerator.
+    """
+    if isinstance(cu_seqlens, Tensor):
+        if cu_seqlens.device.type != "cpu":
+            raise ValueError(f"cu_seqlens on {cu_seqlens.device}: the exchange is planned on the host, pass integers or a CPU tensor")
+        cu_seqlens = cu_seqlens.tolist()
+    options: dict[str, Any] = {
+        "window": window,
+        "rope": rope,
+        "rope_attention_factor": rope_attention_factor,
+        "scale": scale,
+        "empty_slots": empty_slots,
+        "backend": backend,
+    }
+    if group.size() == 1:
+        local = None if cu_seqlens is None else _document_tensor(tuple(cu_seqlens), q.device)
+        return nha_attention(q, k, v, g, cu_seqlens=local, **options)
+    plan = plan_context_parallel(
+        tokens_per_rank=q.shape[1], num_ranks=group.size(), rank=group.rank(), window=window, cu_seqlens=cu_seqlens
+    )
+    if cu_seqlens is not None and q.shape[0] != 1:
+        raise ValueError(f"cu_seqlens needs B = 1 (documents one after another on the token axis), given B = {q.shape[0]}")
+    q, memory = fetch_memory(q, k, v, g, plan=plan, group=group)
+    one_document = plan.cu_seqlens is None or len(plan.cu_seqlens) == 2
+    local = None if one_document else _document_tensor(plan.cu_seqlens, q.device)
+    return nha_attention(q, k, v, g, cu_seqlens=local, memory=memory, **options)
+
+
+def fetch_memory(
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor, *, plan: ContextParallelPlan, group: dist.ProcessGroup
+) -> tuple[Tensor, Memory]:
+    """The memory before this rank's shard, differentiable in k, v and g of all ranks; and q, which must be used in its place.
+
+    q passes through the exchange so that every rank's output depends on it: a rank that uses nothing of its memory would
+    otherwise leave the exchange out of its backward, and the other ranks would wait for it for ever.
+    """
+    g = clamp_log_gates(g)
+    key_dim, value_dim = k.shape[-1], v.shape[-1]
+    tail = slice(plan.first_sent_token, plan.tokens_per_rank)
+    announced = [_announce(k[:, p.start : p.stop], v[:, p.start : p.stop], g[:, p.start : p.stop]) for p in plan.pieces]
+    # Without pieces the slots stay empty everywhere; the empty message only carries their shape.
+    channels = torch.stack(announced) if announced else _no_pieces(k, v, g)
+    q, window_keys, window_values, window_log_gates, slots = _Exchange.apply(plan, group, q, k[:, tail], v[:, tail], g[:, tail], channels)
+    log_decay, slot_keys, slot_values = slots.split([1, key_dim, value_dim], dim=-1)
+    memory = Memory(
+        slot_keys=slot_keys,
+        slot_values=slot_values,
+        slot_log_decay=log_decay.squeeze(-1),
+        window_keys=window_keys,
+        window_values=window_values,
+        window_log_gates=window_log_gates,
+        length=torch.full((k.shape[0],), plan.length, dtype=torch.int64, device=k.device),
+        window=plan.window,
+    )
+    return q, memory
+
+
+def _announce(k: Tensor, v: Tensor, g: Tensor) -> Tensor:
+    """[B, H, M, 1 + K + V]: log-decay and updates of one piece."""
+    log_decay, keys, values = slot_summary(k, v, g)
+    return torch.cat([log_decay.unsqueeze(-1), keys, values], dim=-1)
+
+
+def _no_pieces(k: Tensor, v: Tensor, g: Tensor) -> Tensor:
+    batch, _, heads, slots = g.shape
+    return k.new_empty(0, batch, heads, slots, 1 + k.shape[-1] + v.shape[-1], dtype=accumulation_dtype(k.dtype))
+
+
+class _Exchange(torch.autograd.Function):
+    """Both messages of a layer in one node, so that their order is the same on every rank, forward and backward."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, plan: ContextParallelPlan, group: dist.ProcessGroup, q: Tensor, k: Tensor, v: Tensor, g: Tensor, announced: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """k, v, g: the tokens from `plan.first_sent_token` on. announced: [pieces of this rank, B, H, M, C]."""
+        sent = torch.cat([_to_bytes(k, v, g)[_rows(plan, send.start, send.stop)] for send in plan.sends] or [_to_bytes(k, v, g)[:0]])
+        received, halo_arrives = _start_all_to_all(sent, plan.send_splits, plan.receive_splits, group)
+        gathered, pieces_arrive = _start_all_gather(announced, group)
+        halo_arrives.wait()
+        pieces_arrive.wait()
+
+        slots = compose_slots(gathered, plan.initial)
+        ctx.plan, ctx.group = plan, group
+        ctx.halo_like = [x.new_empty(x.shape[0], 0, *x.shape[2:]) for x in (k, v, g)]
+        ctx.tail_tokens = k.shape[1]
+        ctx.save_for_backward(gathered[..., :1].contiguous(), *(compose_slots(gathered, piece.before) for piece in plan.pieces))
+        return q.view_as(q), *_from_bytes(received, ctx.halo_like), slots
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_q: Tensor, d_k: Tensor, d_v: Tensor, d_g: Tensor, d_slots: Tensor) -> tuple[Any, ...]:
+        plan: ContextParallelPlan = ctx.plan
+        log_decays, *slots_before = ctx.saved_tensors
+        received, halo_arrives = _start_all_to_all(_to_bytes(d_k, d_v, d_g), plan.receive_splits, plan.send_splits, ctx.group)
+        if plan.pieces:
+            slot_gradients, slots_arrive = _start_all_gather(d_slots[None], ctx.group)
+            slots_arrive.wait()
+            d_pieces = [
+                piece_gradient(plan, piece, slot_gradients, log_decays, before)
+                for piece, before in zip(plan.pieces, slots_before, strict=True)
+            ]
+            d_announced = torch.stack(d_pieces)
+        else:
+            d_announced = d_slots.new_empty(0, *d_slots.shape)
+        halo_arrives.wait()
+        d_tails = [_sum_sent(plan, gradient, ctx.tail_tokens) for gradient in _from_bytes(received, ctx.halo_like)]
+        return None, None, d_q, *d_tails, d_announced
+
+
+def _start_all_to_all(
+    sent: Tensor, send_splits: list[int], receive_splits: list[int], group: dist.ProcessGroup
+) -> tuple[Tensor, dist.Work]:
+    received = sent.new_empty(sum(receive_splits), *sent.shape[1:])
+    return received, dist.all_to_all_single(received, sent, receive_splits, send_splits, group=group, async_op=True)
+
+
+def _start_all_gather(own: Tensor, group: dist.ProcessGroup) -> tuple[Tensor, dist.Work | _Arrived]:
+    """[N, ...] of every rank -> [R N, ...] in rank order. Nothing is sent when N is 0, which it then is on every rank."""
+    gathered = own.new_empty(group.size() * own.shape[0], *own.shape[1:])
+    if own.shape[0] == 0:
+        return gathered, _Arrived()
+    return gathered, dist.all_gather_into_tensor(gathered, own.contiguous(), group=group, async_op=True)
+
+
+class _Arrived:
+    def wait(self) -> None:
+        return None
+
+
+def _rows(plan: ContextParallelPlan, start: int, stop: int) -> slice:
+    """Tokens of the shard as rows of the tail that is sent from."""
+    return slice(start - plan.first_sent_token, stop - plan.first_sent_token)
+
+
+def _sum_sent(plan: ContextParallelPlan, gradients: Tensor, tail_tokens: int) -> Tensor:
+    """Gradients [B, sum of sent tokens, ...] returned by the receivers -> gradient of the tail they were sent from."""
+    shape = (gradients.shape[0], tail_tokens, *gradients.shape[2:])
+    total = gradients.new_zeros(shape, dtype=accumulation_dtype(gradients.dtype))
+    parts = gradients.split([send.tokens for send in plan.sends], dim=1) if plan.sends else ()
+    for send, part in zip(plan.sends, parts, strict=True):
+        total[:, _rows(plan, send.start, send.stop)] += part
+    return total.to(gradients.dtype)
+
+
+def _to_bytes(*tensors: Tensor) -> Tensor:
+    """Tensors [B, N, H, .] of any dtypes -> one message [N, bytes of a token], tokens first so that it splits by rank."""
+    return torch.cat([x.transpose(0, 1).flatten(1).contiguous().view(torch.uint8) for x in tensors], dim=1)
+
+
+def _from_bytes(message: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
+    """The inverse of `_to_bytes`; `like` gives shapes (but for the number of tokens) and dtypes."""
+    sizes = [x.shape[0] * x.shape[2:].numel() * x.element_size() for x in like]
+    parts = message.split(sizes, dim=1)
+    return [
+        part.contiguous().view(x.dtype).view(message.shape[0], x.shape[0], *x.shape[2:]).transpose(0, 1).contiguous()
+        for part, x in zip(parts, like, strict=True)
+    ]
+
+
+@lru_cache(maxsize=64)
+def _document_tensor(cu_seqlens: tuple[int, ...], device: torch.device) -> Tensor:
+    """The boundaries on the device, copied once for all layers."""
+    host = torch.tensor(cu_seqlens, dtype=torch.int32)
+    if device.type == "cuda":
+        return host.pin_memory().to(device, non_blocking=True)
+    return host.to(device)
