@@ -1,9 +1,11 @@
 """Loading torch Adam state into Megatron's distributed optimizer, where TransformerEngine and Apex are absent.
 
-Two gaps of megatron-core 0.16.1 and 0.19.2, on CPU and CUDA alike:
+Three gaps of megatron-core 0.16.1 and 0.19.2, on CPU and CUDA alike:
 - `DistributedOptimizer.state_dict` asserts that there is one `step` value, which a fresh torch Adam does not have: `create_adam_state`.
 - the `fully_reshardable` loader leaves `step` out of what it hands on, and the receiver asks for it: `pass_step_on`.
   (The step itself comes back through the parameter groups.)
+- `DistributedOptimizer.load_state_dict` gives all parameters one and the same `step` tensor, to which Adam then adds 1 once for each of
+  them, so that the bias correction jumps ahead: `separate_steps`.
 """
 
 from __future__ import annotations
@@ -42,6 +44,14 @@ def pass_step_on(optimizer: Any) -> None:
     for part in distributed_optimizers(optimizer):
         if isinstance(part.optimizer, torch.optim.Adam | torch.optim.AdamW):
             part._set_main_param_and_optimizer_states = _KeepStep(part)
+
+
+def separate_steps(optimizer: Any) -> None:
+    """Gives every parameter a step counter of its own again, after loading."""
+    for part in distributed_optimizers(optimizer):
+        for state in part.optimizer.state.values():
+            if isinstance(state.get("step"), torch.Tensor):
+                state["step"] = state["step"].clone()
 
 
 class _KeepStep:

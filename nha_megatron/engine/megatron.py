@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from nha_megatron.attention.documents import Documents
 from nha_megatron.config import ConfigError
 from nha_megatron.engine.base import StepResult
-from nha_megatron.engine.checkpoint_remedies import create_adam_state, distributed_optimizers, pass_step_on
+from nha_megatron.engine.checkpoint_remedies import create_adam_state, distributed_optimizers, pass_step_on, separate_steps
 from nha_megatron.engine.layout import Layout
 from nha_megatron.model.build import build_model
 from nha_megatron.model.initialize import initialize_weights
@@ -194,3 +194,4 @@ class MegatronEngine:
         for i, chunk in enumerate(self.model_chunks):
             chunk.load_state_dict(state[f"model{i}"])
         self.optimizer.load_state_dict(state["optimizer"])
+        separate_steps(self.optimizer)
