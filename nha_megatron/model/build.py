@@ -49,6 +49,10 @@ def transformer_config(config: RunConfig) -> TransformerConfig:
         pipeline_model_parallel_size=parallel.pipeline,
         virtual_pipeline_model_parallel_size=virtual_stages if virtual_stages > 1 else None,
         pipeline_dtype=dtype,
+        # One send or receive at a time under the interleaved schedule: with two stages both neighbours are the same rank, and messages
+        # of one batch to it would be taken for each other.
+        overlap_p2p_comm=virtual_stages > 1,
+        batch_p2p_comm=virtual_stages == 1,
         params_dtype=dtype,
         bf16=dtype is torch.bfloat16,
         # Weights are left empty here, on the device of the surrounding `torch.device` context, and drawn by model/initialize.py.
