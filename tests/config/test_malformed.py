@@ -1,8 +1,12 @@
 """Mistakes that users make, each with what its message must say. A message never is a traceback or another exception."""
 
-import pytest
+import copy
+from datetime import date
 
-from nha_megatron.config import ConfigError, load_config
+import pytest
+import yaml
+
+from nha_megatron.config import ConfigError, RunConfig, load_config, parse_config
 from tests.config.cases import BASE
 
 
@@ -155,7 +159,7 @@ FILES = {
     "not UTF-8": (b"model: \xff\xfe\n", "not a text file in UTF-8"),
     "NUL": (b"model: \x00\n", "not valid YAML"),
     "enormous number": (b"training: {steps: " + b"9" * 5000 + b"}\n", "not valid YAML"),
-    "nested too deeply": (b"[" * 2000, "not valid YAML"),
+    "nested too deeply": (b"[" * 400, "not valid YAML"),
     "section is a text": (b"model: big\n", "model: given 'big', must be a mapping"),
     "section is a list": (BASE.encode() + b"parallel: [2, 2]\n", "parallel: given [2, 2], must be a mapping"),
     "numbers as sections": (BASE.encode() + b"3: {}\n", "3: unknown key"),
@@ -188,3 +192,42 @@ def test_a_file_that_is_not_there(base):
 
 def test_a_directory_instead_of_a_file(tmp_path):
     assert "cannot be read: Is a directory" in message_of(tmp_path)
+
+
+NASTY = [
+    None,
+    True,
+    0,
+    -1,
+    3,
+    1.5,
+    1e308,
+    10**400,
+    float("nan"),
+    float("-inf"),
+    "",
+    "x",
+    "full",
+    [],
+    [1],
+    {},
+    {"a": 1},
+    {1: 2},
+    b"x",
+    date(2020, 1, 1),
+]
+FIELDS = [(name, key) for name, section in RunConfig.model_fields.items() for key in section.annotation.model_fields]
+
+
+@pytest.mark.parametrize(("section", "key"), FIELDS)
+def test_any_value_of_any_field_is_a_configuration_or_a_message(section, key):
+    base = yaml.safe_load(BASE)
+    for value in NASTY:
+        data = copy.deepcopy(base)
+        data.setdefault(section, {})[key] = value
+        try:
+            config = parse_config(data)
+        except ConfigError as error:
+            assert section in str(error)
+        else:
+            assert parse_config(config.model_dump(mode="json")) == config

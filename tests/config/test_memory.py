@@ -1,0 +1,64 @@
+"""The memory estimate: exact where it only counts, and moving the right way where it estimates."""
+
+import pytest
+
+from nha_megatron.config.memory import estimate_memory, layer_activation_bytes, rank_parameters
+from tests.config.cases import run
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("pipeline", [1, 2, 4])
+def test_the_stages_hold_the_model_together(pipeline, tied):
+    config = run(model={"tie_embeddings": tied}, parallel={"pipeline": pipeline})
+    held = sum(rank_parameters(config.model, config.parallel, stage) for stage in range(pipeline))
+    # A tied matrix is needed on the first and on the last stage.
+    copies = config.model.padded_vocab_size * config.model.hidden_size if tied and pipeline > 1 else 0
+    assert held == config.model.num_parameters() + copies
+
+
+def test_tensor_ranks_share_matrices_and_repeat_norms():
+    one, two = run(), run(parallel={"tensor": 2})
+    # Per block two norms of 64 channels, and the final norm; the output norm is split with its heads.
+    norms = 4 * 2 * 64 + 64
+    assert 2 * rank_parameters(two.model, two.parallel, 0) == rank_parameters(one.model, one.parallel, 0) + norms
+
+
+def test_weights_gradients_and_optimizer_state_by_hand():
+    parameters = run().model.num_parameters()
+    plain = estimate_memory(run(), 1)
+    assert (plain.weights, plain.gradients, plain.optimizer) == (4 * parameters, 4 * parameters, 8 * parameters)
+    # bf16 weights, fp32 gradients, an fp32 copy and two moments shared by 2 data x 2 context ranks.
+    sharded = estimate_memory(run(training={"precision": "bf16"}, parallel={"context": 2}), 4)
+    assert (sharded.weights, sharded.gradients, sharded.optimizer) == (2 * parameters, 4 * parameters, 3 * parameters)
+
+
+def test_recomputation_keeps_less():
+    none, selective, full = (layer_activation_bytes(run(), recompute) for recompute in ("none", "selective", "full"))
+    assert none > selective > full == 2 * 128 * 64 * 4  # the input of the layer: 2 sequences of 128 tokens, 64 channels, fp32
+
+
+def test_context_ranks_divide_the_activations():
+    whole, shard = run(), run(parallel={"context": 4})
+    assert layer_activation_bytes(whole, "none") == 4 * layer_activation_bytes(shard, "none")
+    assert estimate_memory(whole, 1).logits == 4 * estimate_memory(shard, 4).logits
+
+
+def test_sequence_parallelism_divides_what_tensor_parallelism_repeats():
+    one, split = run(), run(parallel={"tensor": 2, "sequence": True})
+    assert layer_activation_bytes(one, "none") == 2 * layer_activation_bytes(split, "none")
+    repeated = run(parallel={"tensor": 2})
+    assert layer_activation_bytes(repeated, "none") > layer_activation_bytes(split, "none")
+
+
+def test_the_first_stage_keeps_the_most_micro_batches():
+    # 1F1B: stage 0 of 4 runs 4 forwards before its first backward; 4 micro batches of 1 layer each.
+    config = run(parallel={"pipeline": 4}, model={"vocab_size": 1, "ffn_hidden_size": 1024})
+    memory = estimate_memory(config, 4)
+    assert memory.stage == 0
+    assert memory.activations == 4 * layer_activation_bytes(config, "none")
+    # Interleaved, 2 stages of 2 chunks: stage 0 runs 2 x 1 + 1 x 2 + 1 = 5 passes of a chunk of 1 layer.
+    interleaved = run(parallel={"pipeline": 2, "virtual_pipeline": 2}, model={"vocab_size": 1, "ffn_hidden_size": 1024})
+    assert estimate_memory(interleaved, 2).activations == 5 * layer_activation_bytes(interleaved, "none")
+    # One micro batch cannot be in flight twice.
+    single = run(parallel={"pipeline": 4}, training={"global_batch_size": 2}, model={"vocab_size": 1, "ffn_hidden_size": 1024})
+    assert estimate_memory(single, 4).activations == layer_activation_bytes(single, "none")
