@@ -112,7 +112,7 @@ class TokenFileWriter:
             "tokenizer_sha256": tokenizer_sha256,
             "source": source,
         }
-        self._documents = 0
+        self.documents = 0
         self._tokens = 0
         self._max_token_id = -1
         self.manifest: Manifest | None = None
@@ -129,7 +129,7 @@ class TokenFileWriter:
         assert low >= 0 and high < self._vocab_size, f"token id {low if low < 0 else high} outside [0, {self._vocab_size})"
         full, rest = divmod(tokens.size, self._max_sequence_tokens)
         self._builder.add_document(tokens, [self._max_sequence_tokens] * full + ([rest] if rest else []))
-        self._documents += 1
+        self.documents += 1
         self._tokens += tokens.size
         self._max_token_id = max(self._max_token_id, high)
 
@@ -148,7 +148,7 @@ class TokenFileWriter:
         self._builder.finalize(str(idx_partial))
         self.manifest = Manifest(
             format_version=FORMAT_VERSION,
-            documents=self._documents,
+            documents=self.documents,
             tokens=self._tokens,
             dtype=np.dtype(self._dtype).name,
             max_token_id=self._max_token_id,
