@@ -24,6 +24,8 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from nha_kernels import attention_statistics, nha_attention
+from nha_megatron.attention.context_parallel_exchange import context_parallel_attention, fetch_memory
+from nha_megatron.attention.context_parallel_plan import plan_context_parallel
 from nha_megatron.attention.documents import Documents
 from nha_megatron.attention.norms import HeadRMSNorm, HeadsRMSNorm
 
@@ -80,7 +82,7 @@ class NativeHybridAttention(MegatronModule):
         self.tau = tau
         self.value_activation = value_activation
         self.recompute = recompute
-        self.pg_collection = pg_collection
+        self.cp_group = pg_collection.cp
         self.tp_group = pg_collection.tp  # MegatronModule.sharded_state_dict looks for it under this name
         self.empty_slots = empty_slots
         # Not a buffer: a bfloat16 model would round the frequencies with the weights.
@@ -134,6 +136,8 @@ class NativeHybridAttention(MegatronModule):
         self.k_layernorm = HeadRMSNorm(config, self.head_dim, eps, self.tp_group) if qk_norm == "rms" else None
         self.output_norm = HeadsRMSNorm(config, num_heads * self.head_dim, eps, self.tp_group) if output_norm == "rms" else None
 
+        # Set to True, the next forward leaves attention_statistics of its batch (scalars on the device: slot_share, mean_decay,
+        # write_strength) in `statistics` and sets it back. Under context parallelism all ranks of the group must set it.
         self.record_statistics = False
         self.statistics: dict[str, Tensor] | None = None
 
@@ -166,7 +170,8 @@ class NativeHybridAttention(MegatronModule):
         if cu_seqlens is not None:
             q, k, v, g = (x.reshape(1, b * s, *x.shape[2:]) for x in (q, k, v, g))
         if self.record_statistics:
-            self._record_statistics(q, k, v, g, cu_seqlens)
+            self.record_statistics = False
+            self.statistics = self._measure(q, k, v, g, cu_seqlens)
         if self.recompute and torch.is_grad_enabled():
             # The operator draws no random numbers, so no generator state is kept. The exchange runs again in the backward, on all
             # ranks in the same order.
@@ -195,12 +200,17 @@ class NativeHybridAttention(MegatronModule):
 
     def _operator(self, q: Tensor, k: Tensor, v: Tensor, g: Tensor, cu_seqlens: Tensor | None) -> Tensor:
         options = self._operator_options(q.device)
-        if self.pg_collection.cp.size() == 1:
+        if self.cp_group.size() == 1:
             return nha_attention(q, k, v, g, cu_seqlens=cu_seqlens, **options)
-        from nha_megatron.attention.context_parallel_exchange import context_parallel_attention
+        return context_parallel_attention(q, k, v, g, group=self.cp_group, cu_seqlens=cu_seqlens, **options)
 
-        return context_parallel_attention(q, k, v, g, group=self.pg_collection.cp, cu_seqlens=cu_seqlens, **options)
-
-    def _record_statistics(self, q: Tensor, k: Tensor, v: Tensor, g: Tensor, cu_seqlens: Tensor | None) -> None:
-        self.record_statistics = False
-        self.statistics = attention_statistics(q, k, v, g, cu_seqlens=cu_seqlens, **self._operator_options(q.device))
+    @torch.no_grad()
+    def _measure(self, q: Tensor, k: Tensor, v: Tensor, g: Tensor, cu_seqlens: Tensor | None) -> dict[str, Tensor]:
+        memory = None
+        if self.cp_group.size() > 1:
+            assert cu_seqlens is None, "configurations with documents under context parallelism are refused"
+            plan = plan_context_parallel(
+                tokens_per_rank=q.shape[1], num_ranks=self.cp_group.size(), rank=self.cp_group.rank(), window=self.window
+            )
+            q, memory = fetch_memory(q, k, v, g, plan=plan, group=self.cp_group)
+        return attention_statistics(q, k, v, g, cu_seqlens=cu_seqlens, memory=memory, **self._operator_options(q.device))

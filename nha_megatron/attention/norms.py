@@ -28,7 +28,7 @@ class RMSNorm(nn.Module):
         super().__init__()
         self.eps = eps
         self.weight = nn.Parameter(torch.empty(hidden_size, dtype=config.params_dtype))
-        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+        self.weight.sequence_parallel = config.sequence_parallel
 
     def forward(self, x: Tensor) -> Tensor:
         return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
@@ -66,9 +66,9 @@ class HeadsRMSNorm(nn.Module):
         self.tp_group = tp_group
         self.weight = nn.Parameter(torch.empty(width // tp_group.size(), dtype=config.params_dtype))
         # Without these marks the gradient norm would count the shard of TP rank 0 only.
-        self.weight.tensor_model_parallel = True  # type: ignore[attr-defined]
-        self.weight.partition_dim = 0  # type: ignore[attr-defined]
-        self.weight.partition_stride = 1  # type: ignore[attr-defined]
+        self.weight.tensor_model_parallel = True
+        self.weight.partition_dim = 0
+        self.weight.partition_stride = 1
 
     def forward(self, x: Tensor) -> Tensor:
         return _ParallelRMSNorm.apply(x, self.weight, self.width, self.eps, self.tp_group)

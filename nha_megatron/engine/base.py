@@ -31,6 +31,7 @@ class Engine(Protocol):
 
     device: torch.device
     model_chunks: list[nn.Module]
+    """The model on this rank: one module, or one per virtual pipeline stage."""
 
     def train_step(self, batches: Sequence[Batch], lr: float) -> StepResult:
         """Forward, backward and update over this rank's micro batches of one global batch."""

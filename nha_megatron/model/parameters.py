@@ -32,7 +32,7 @@ def global_parameters(chunks: Sequence[nn.Module]) -> Iterator[tuple[str, nn.Par
 
 def partition_dim(parameter: nn.Parameter) -> int | None:
     """The dimension that tensor parallelism splits, None for a replicated parameter."""
-    return parameter.partition_dim if getattr(parameter, "tensor_model_parallel", False) else None  # type: ignore[return-value]
+    return parameter.partition_dim if getattr(parameter, "tensor_model_parallel", False) else None
 
 
 def full_shape(parameter: nn.Parameter, tp_size: int) -> tuple[int, ...]:
@@ -51,7 +51,7 @@ def shard_of(full: Tensor, parameter: nn.Parameter, tp_rank: int, tp_size: int) 
         return full
     # A gated MLP's first matrix is [gate; up]: a rank holds its rows of each.
     stride = parameter.partition_stride
-    pieces = [half.chunk(tp_size, dim)[tp_rank] for half in full.chunk(stride, dim)]  # type: ignore[arg-type]
+    pieces = [half.chunk(tp_size, dim)[tp_rank] for half in full.chunk(stride, dim)]
     return torch.cat(pieces, dim) if len(pieces) > 1 else pieces[0]
 
 
@@ -60,5 +60,5 @@ def full_from_shards(shards: Sequence[Tensor], parameter: nn.Parameter) -> Tenso
     dim = partition_dim(parameter)
     if dim is None:
         return shards[0]
-    halves = zip(*(shard.chunk(parameter.partition_stride, dim) for shard in shards), strict=True)  # type: ignore[arg-type]
+    halves = zip(*(shard.chunk(parameter.partition_stride, dim) for shard in shards), strict=True)
     return torch.cat([torch.cat(half, dim) for half in halves], dim)
