@@ -2,54 +2,18 @@
 
 import difflib
 import os
-import re
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import BaseModel, ValidationError
 
 from . import consistency, refusals
 from .errors import ConfigError, problems_message
 from .messages import validation_messages
 from .run import RunConfig
-
-
-class _Loader(yaml.SafeLoader):
-    """The safe loader, refusing duplicate keys, and reading 3e-4 as a number as YAML 1.2 does (YAML 1.1 reads a string)."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen: dict[str, int] = {}
-        for key_node, _ in node.value:
-            if not isinstance(key_node, yaml.ScalarNode) or key_node.tag == "tag:yaml.org,2002:merge":
-                continue
-            line = key_node.start_mark.line + 1
-            if key_node.value in seen:
-                raise ConfigError(f"key {key_node.value!r} stands twice, in lines {seen[key_node.value]} and {line}; remove one")
-            seen[key_node.value] = line
-        return super().construct_mapping(node, deep)
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"[-+]?(?:[0-9][0-9_]*)(?:\.[0-9_]*)?[eE][-+]?[0-9]+", re.X), list("-+0123456789")
-)
-
-
-def load_yaml(text: str) -> Any:
-    """Plain data of a YAML text. Raises `ConfigError` with one message when it cannot be read."""
-    try:
-        return yaml.load(text, Loader=_Loader)  # a subclass of the safe loader
-    except ConfigError:
-        raise
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f" in line {mark.line + 1}, column {mark.column + 1}" if mark else ""
-        what = " ".join(str(getattr(error, "problem", None) or error).split())
-        raise ConfigError(f"not valid YAML{where}: {what}") from None
-    except (ValueError, RecursionError) as error:
-        raise ConfigError(f"not valid YAML: {error}") from None
+from .yaml_text import read_yaml, write_yaml
 
 
 def load_config(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> RunConfig:
@@ -88,7 +52,7 @@ def with_overrides(config: RunConfig, overrides: Sequence[str]) -> RunConfig:
 
 def dump_config(config: RunConfig) -> str:
     """The resolved configuration, every default written out, as YAML."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+    return write_yaml(config.model_dump(mode="json"))
 
 
 def save_resolved(config: RunConfig, path: str | os.PathLike[str]) -> None:
@@ -116,7 +80,7 @@ def _read_mapping(path: Path) -> dict[str, Any]:
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
     try:
-        data = load_yaml(text)
+        data = read_yaml(text)
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from None
     if data is None:
@@ -141,7 +105,7 @@ def _apply_override(data: dict[str, Any], override: str) -> None:
         example = f"{homes[0]}.{keys[0]}={text}" if homes else "training.steps=100"
         raise ConfigError(f"override {override!r}: write section.key=value, such as {example}")
     try:
-        value = load_yaml(text)
+        value = read_yaml(text)
     except ConfigError as error:
         raise ConfigError(f"override {override!r}: {error}") from None
     target: Any = data

@@ -85,6 +85,7 @@ class ModelConfig(Section):
                 problems.append(
                     f"hidden_size {self.hidden_size} is not a multiple of num_heads {self.num_heads}; change one of them or give head_dim"
                 )
+            # The object is frozen for its users only: a default that depends on other fields is known here first.
             self.__dict__["head_dim"] = max(1, self.hidden_size // self.num_heads)
         if self.num_heads % self.num_kv_heads:
             problems.append(f"num_heads {self.num_heads} is not a multiple of num_kv_heads {self.num_kv_heads}; change one of them")

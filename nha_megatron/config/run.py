@@ -69,6 +69,8 @@ class OptimizerConfig(Section):
         problems = []
         if self.min_lr > self.lr:
             problems.append(f"min_lr {self.min_lr} is greater than lr {self.lr}; lower min_lr")
+        if self.schedule == "constant" and self.min_lr > 0:
+            problems.append(f"min_lr {self.min_lr} is given, but schedule constant never decays; remove it or use cosine or wsd")
         if self.schedule == "wsd" and self.decay_steps is None:
             problems.append("schedule wsd needs decay_steps, the length of the final decay in steps")
         if self.schedule != "wsd" and self.decay_steps is not None:

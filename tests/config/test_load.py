@@ -70,7 +70,20 @@ def test_an_override_can_change_a_configuration_that_is_already_there():
     assert changed.training.seed == 7 and with_overrides(changed, ["training.seed=0"]) == run()
 
 
-@pytest.mark.parametrize(("text", "value"), [("1e-3", 1e-3), ("3E-4", 3e-4), ("1.5e-3", 1.5e-3), ("1", 1), ("2_000.5", 2000.5)])
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("1e-3", 1e-3),
+        ("3E-4", 3e-4),
+        ("1.5e-3", 1.5e-3),
+        ("1", 1),
+        ("2_000.5", 2000.5),
+        (".5", 0.5),
+        ("1.", 1.0),
+        ("+2E+1", 20.0),
+        ("1_000", 1000),
+    ],
+)
 def test_numbers_are_read_as_people_write_them(base, text, value):
     # YAML 1.1, and so PyYAML alone, reads 1e-3 as a string because it has no point.
     assert load_config(base, [f"optimizer.lr={text}"]).optimizer.lr == value
@@ -94,6 +107,7 @@ def test_a_path_is_a_blend_of_one():
         {},
         {"model": {"window": "16,8*2,0", "rope_scaling": {"rope_type": "linear", "factor": 2.5}}, "parallel": {"context": 2}},
         {"data": {"path": [{"path": "a", "weight": 0.1}]}, "optimizer": {"lr": 1e-300, "eps": 1e-20, "betas": [0.0, 0.999]}},
+        *({"logging": {"directory": text}} for text in ("1e3", "010", "1:30", "0x1", "3", ".5", "null", "no", "~", "2020-01-01", "=")),
         {"logging": {"directory": "runs/yes: #no\n'\"é"}, "training": {"seed": 2**31 - 1}},
     ],
 )

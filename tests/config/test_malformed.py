@@ -56,6 +56,9 @@ OVERRIDES = {
     "text for a mapping": ("model.rope_scaling=linear", "model.rope_scaling: given 'linear', must be a mapping"),
     "one beta": ("optimizer.betas=[0.9]", "optimizer.betas.1: missing, and it has no default"),
     "three betas": ("optimizer.betas=[0.9, 0.9, 0.9]", "optimizer.betas: given (0.9, 0.9, 0.9), must have at most 2 entries"),
+    "octal": ("training.seed=010", "training.seed: given '010', must be a whole number"),
+    "hexadecimal": ("training.seed=0x10", "training.seed: given '0x10', must be a whole number"),
+    "minutes": ("training.seed=1:30", "training.seed: given '1:30', must be a whole number"),
     "date": ("training.seed=2020-01-01", "training.seed: given datetime.date(2020, 1, 1), must be a whole number"),
     # values out of range
     "zero layers": ("model.num_layers=0", "model.num_layers: given 0, must be at least 1"),
@@ -129,6 +132,10 @@ SEVERAL = {
     ),
     "chunks without pipeline": (["parallel.virtual_pipeline=2"], "parallel.virtual_pipeline is given, but parallel.pipeline is 1"),
     "sequence without tensor": (["parallel.sequence=true"], "parallel.sequence is true, but parallel.tensor is 1"),
+    "min_lr without decay": (
+        ["optimizer.schedule=constant", "optimizer.min_lr=0.0001"],
+        "min_lr 0.0001 is given, but schedule constant never decays",
+    ),
     "wsd longer than the run": (
         ["optimizer.schedule=wsd", "optimizer.warmup_steps=6", "optimizer.decay_steps=5"],
         "optimizer.warmup_steps + optimizer.decay_steps is 11, more than training.steps 10",

@@ -1,0 +1,72 @@
+"""The YAML that configurations are written in: plain data only, without the surprises of YAML 1.1.
+
+Against PyYAML's safe loader, duplicate keys are refused, and numbers are those of YAML 1.2: 3e-4 is a number and not a text, 010 is no
+octal 8, and 1:30 is no 90.
+"""
+
+import re
+from typing import Any
+
+import yaml
+
+from .errors import ConfigError
+
+_INT, _FLOAT = "tag:yaml.org,2002:int", "tag:yaml.org,2002:float"
+_EXPONENT = r"[eE][-+]?[0-9]+"
+_NUMBERS = {
+    _INT: re.compile(r"[-+]?(?:0|[1-9][0-9_]*)$"),
+    _FLOAT: re.compile(
+        rf"(?:[-+]?(?:\.[0-9]+(?:{_EXPONENT})?|[0-9][0-9_]*(?:\.[0-9_]*(?:{_EXPONENT})?|{_EXPONENT}))"
+        r"|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN))$"
+    ),
+}
+
+
+class _Loader(yaml.SafeLoader):
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: dict[str, int] = {}
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.tag != "tag:yaml.org,2002:merge":
+                line = key.start_mark.line + 1
+                if key.value in seen:
+                    raise ConfigError(f"key {key.value!r} stands twice, in lines {seen[key.value]} and {line}; remove one")
+                seen[key.value] = line
+        return super().construct_mapping(node, deep)
+
+
+class _Dumper(yaml.SafeDumper):
+    """Quotes the texts that the loader would read as numbers."""
+
+
+def _replace_numbers(resolver: Any) -> None:
+    kept = {
+        first: [(tag, pattern) for tag, pattern in entries if tag not in _NUMBERS]
+        for first, entries in resolver.yaml_implicit_resolvers.items()
+    }
+    resolver.yaml_implicit_resolvers = kept
+    for tag, pattern in _NUMBERS.items():
+        resolver.add_implicit_resolver(tag, pattern, list("-+.0123456789"))
+
+
+_replace_numbers(_Loader)
+_replace_numbers(_Dumper)
+
+
+def read_yaml(text: str) -> Any:
+    """Plain data of a YAML text. Raises `ConfigError` with one message when it cannot be read."""
+    try:
+        return yaml.load(text, Loader=_Loader)  # a subclass of the safe loader: builds plain data, runs nothing
+    except ConfigError:
+        raise
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f" in line {mark.line + 1}, column {mark.column + 1}" if mark else ""
+        what = " ".join(str(getattr(error, "problem", None) or error).split())
+        raise ConfigError(f"not valid YAML{where}: {what}") from None
+    except (ValueError, RecursionError) as error:  # numbers of thousands of digits; brackets nested a thousand deep
+        raise ConfigError(f"not valid YAML: {error}") from None
+
+
+def write_yaml(data: Any) -> str:
+    """YAML text that `read_yaml` reads back to the same plain data, keys in the given order."""
+    return yaml.dump(data, Dumper=_Dumper, sort_keys=False)
