@@ -1,0 +1,168 @@
+"""The `triton` backend: one differentiable call over the kernels of this folder.
+
+Kept for the backward: the inputs, the output, its log-sum-exp, the slots before each segment. Everything else is computed again.
+"""
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from ..memory import Memory
+from ..sequence import ExtendedSequence, extend_sequence
+from .backward_keys import backward_keys
+from .backward_queries import backward_queries
+from .backward_states import backward_states
+from .dispatch import choose_tiles
+from .forward import forward
+from .problem import Gradients, Problem, Tiles
+from .rope_table import rope_table
+from .states import SegmentStarts, chunk_states, segment_starts
+
+
+@dataclass(frozen=True)
+class _Options:
+    held: int
+    window: int
+    scale: float
+    empty_slots: str
+    rope_attention_factor: float
+    tiles: Tiles
+
+
+class _FusedAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        g: Tensor,
+        initial: Tensor | None,
+        start: Tensor | None,
+        rope: Tensor | None,
+        options: _Options,
+    ) -> tuple[Tensor, Tensor]:
+        q, k, v, g = (x.contiguous() for x in (q, k, v, g))
+        cos, sin = None, None
+        if rope is not None and options.window > 0:
+            reach = options.window + 2 * options.tiles.window + 2 * options.tiles.chunk
+            cos, sin = rope_table(rope, options.rope_attention_factor, reach, q.shape[-1], q.device)
+        problem = Problem(
+            q,
+            k,
+            v,
+            g,
+            start,
+            cos,
+            sin,
+            held=options.held,
+            window=options.window,
+            rotated_pairs=0 if rope is None else rope.shape[0],
+            scale=options.scale,
+            empty_slots=options.empty_slots,
+            attend_window=True,
+            tiles=options.tiles,
+        )
+        starts = segment_starts(problem, None if initial is None else initial.contiguous())
+        states = chunk_states(problem, starts)
+        out, lse = forward(problem, states)
+        ctx.save_for_backward(q, k, v, g, start, cos, sin, out, lse, starts.slots, starts.log_decay)
+        ctx.problem = replace(
+            problem, q=q.new_empty(0), k=q.new_empty(0), v=q.new_empty(0), g=q.new_empty(0), start_or_none=None, cos=None, sin=None
+        )
+        ctx.chunks_per_segment = starts.chunks_per_segment
+        ctx.has_initial = initial is not None
+        ctx.set_materialize_grads(False)
+        final = states.final.view(q.shape[0], k.shape[2], *states.final.shape[1:])
+        return out, final
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_out: Tensor | None, d_final: Tensor | None) -> tuple[Tensor | None, ...]:
+        q, k, v, g, start, cos, sin, out, lse, slots, log_decay = ctx.saved_tensors
+        p = replace(ctx.problem, q=q, k=k, v=v, g=g, start_or_none=start, cos=cos, sin=sin)
+        d_out = torch.zeros_like(out) if d_out is None else d_out.contiguous()
+        states = chunk_states(p, SegmentStarts(slots, log_decay, ctx.chunks_per_segment))
+        wide = torch.bfloat16 if q.dtype == torch.float16 else q.dtype
+        heads = p.batch * p.kv_heads
+        nothing_through_slots = torch.zeros_like if p.window == 0 else torch.empty_like
+        gradients = Gradients(
+            q=torch.empty_like(q),
+            delta=torch.empty_like(lse),
+            states=q.new_empty(heads, p.num_chunks, p.num_slots, p.key_dim + p.value_dim, dtype=wide),
+            logs=lse.new_empty(heads, p.num_chunks, p.num_slots),
+            written_keys=nothing_through_slots(k),
+            written_values=nothing_through_slots(v),
+            gates=torch.zeros_like(g),
+        )
+        backward_queries(p, states, out, lse, d_out, gradients)
+        d_initial = backward_states(p, states, gradients, None if d_final is None else d_final.contiguous())
+        if p.window == 0:
+            dk, dv = gradients.written_keys, gradients.written_values
+        else:
+            dk, dv = backward_keys(p, lse, d_out, gradients)
+        d_initial = d_initial.view(p.batch, p.kv_heads, *d_initial.shape[1:]) if ctx.has_initial else None
+        return gradients.q, dk, dv, gradients.gates, d_initial, None, None, None
+
+
+def triton_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    *,
+    window: int | None,
+    rope: Tensor | None,
+    rope_attention_factor: float,
+    scale: float,
+    empty_slots: str,
+    cu_seqlens: Tensor | None,
+    memory: Memory | None,
+) -> tuple[Tensor, Memory]:
+    """Arguments as `nha_attention`; dispatch has checked that the kernels serve them."""
+    assert window is not None
+    sequence = extend_sequence(k, v, g, window=window, cu_seqlens=cu_seqlens, memory=memory)
+    initial = None
+    if memory is not None:
+        initial = torch.cat([memory.slot_keys, memory.slot_values, memory.slot_log_decay[..., None]], dim=-1)
+    start = _document_starts(sequence, cu_seqlens, memory)
+    if initial is not None and sequence.documents is not None and cu_seqlens is not None:
+        # The memory belongs to the first document, which may have no token here.
+        initial = torch.where(sequence.documents[:, sequence.held, None, None, None] == 0, initial, 0.0)
+    options = _Options(
+        held=sequence.held,
+        window=window,
+        scale=scale,
+        empty_slots=empty_slots,
+        rope_attention_factor=rope_attention_factor,
+        tiles=choose_tiles(q, k, v, g, window),
+    )
+    out, final = _FusedAttention.apply(q, sequence.keys, sequence.values, sequence.log_gates, initial, start, rope, options)
+    return out, _next_memory(sequence, final, k.shape[-1], window)
+
+
+def _document_starts(sequence: ExtendedSequence, cu_seqlens: Tensor | None, memory: Memory | None) -> Tensor | None:
+    """Extended row at which each query's document begins: None (row 0), [B], or [B = 1, T]."""
+    if memory is None and cu_seqlens is None:
+        return None
+    held = sequence.held
+    begin = torch.zeros(1, dtype=torch.int64, device=sequence.keys.device) if memory is None else held - memory.length.clamp(max=held)
+    if cu_seqlens is None:
+        return begin.to(torch.int32)
+    assert sequence.query_documents is not None or sequence.num_documents == 1
+    if sequence.num_documents == 1:
+        return begin.to(torch.int32)
+    boundaries = cu_seqlens.to(device=sequence.keys.device, dtype=torch.int64)
+    documents = sequence.query_documents
+    return torch.where(documents == 0, begin[:, None], boundaries[documents] + held).to(torch.int32)
+
+
+def _next_memory(sequence: ExtendedSequence, final: Tensor, key_dim: int, window: int) -> Memory:
+    if sequence.documents is not None and sequence.num_documents > 1:  # a last document without tokens leaves empty slots
+        belongs = sequence.documents[:, -1] == sequence.num_documents - 1
+        final = torch.where(belongs[:, None, None, None], final, 0.0)
+    slots = (final[..., :key_dim], final[..., key_dim:-1], final[..., -1])
+    return Memory(*slots, *sequence.window_tail(), sequence.length.expand(final.shape[0]).clone(), window)

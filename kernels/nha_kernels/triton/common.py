@@ -1,0 +1,111 @@
+"""Pieces that all kernels share: tiles of gates, decays that cannot overflow, rotation in registers.
+
+Words used in every kernel of this folder:
+
+    chunk      C consecutive queries of one KV head: one program. The state (slots) before each chunk is in device memory.
+    block      `BLOCK` of the chunk's tokens whose pairwise decays are factored around one reference token.
+    row        a query head at a token: row = token * RP + head of the group, so the group shares keys, values, gates and slots.
+    extended   index into keys, values and gates: `held` rows of the memory's window, then the T tokens of this call.
+    written i  the token that leaves the window at query i of the chunk: extended row held + chunk_start + i - W.
+    DOCS       0: one document that starts at extended row 0; 1: one per batch row, it starts at start[b];
+               2: packed documents, start[t] for each query.
+
+A decay between two tokens is exp(sum of the log-gates between them). A tile of them is a product of a row factor and a key factor,
+both relative to a reference token in the middle of a block. With gates of at least GATE_FLOOR and BLOCK / 2 * GATE_FLOOR >= -64
+neither factor exceeds e^64. Floors: -8 with 16 tokens (bf16 and fp16, a decay of 3e-4 instead of less), -16 with 8 tokens (fp32, 1e-7).
+"""
+
+import triton
+import triton.language as tl
+
+LOG2_E = tl.constexpr(1.4426950408889634)
+LN_2 = tl.constexpr(0.6931471805599453)
+LARGEST_EXPONENT = tl.constexpr(80.0)  # e^80 is finite in float32; larger exponents belong to masked pairs only
+
+
+@triton.jit
+def write_strength(g):
+    """1 - exp(g) for g <= 0, with all digits near 0."""
+    series = -g * (1 + g / 2 * (1 + g / 3 * (1 + g / 4 * (1 + g / 5 * (1 + g / 6 * (1 + g / 7))))))
+    return tl.where(g > -0.35, series, 1 - tl.exp(g))
+
+
+@triton.jit
+def load_starts(start, b, chunk_start, index, T, DOCS: tl.constexpr):
+    """Extended row at which the document of query `chunk_start + index` begins. Queries behind the last repeat it."""
+    if DOCS == 0:
+        first = tl.zeros_like(index)
+    elif DOCS == 1:
+        first = tl.zeros_like(index) + tl.load(start + b)
+    else:
+        first = tl.load(start + tl.minimum(chunk_start + index, T - 1))
+    return first
+
+
+@triton.jit
+def continues_state(first, held, chunk_start):
+    """Whether a query's document began before its chunk, so that the state before the chunk is its own."""
+    return first <= held + tl.maximum(chunk_start - 1, 0)
+
+
+@triton.jit
+def channel_halves(index, K: tl.constexpr, HALF: tl.constexpr):
+    """Channels of the two halves that rotate against each other, HALF pairs; the channels that do not rotate fill both up."""
+    if HALF == K // 2:
+        return index, index + K // 2
+    return tl.where(index < HALF, index, index + HALF), tl.where(index < HALF, index + HALF, index + K // 2)
+
+
+@triton.jit
+def rotate(first, second, cos, sin):
+    return first * cos - second * sin, second * cos + first * sin
+
+
+@triton.jit
+def unrotate(first, second, cos, sin):
+    """The transpose of `rotate`: what gradients go through."""
+    return first * cos + second * sin, second * cos - first * sin
+
+
+@triton.jit
+def reference_token(first, first_at_middle, block_start, held, chunk_start, BLOCK: tl.constexpr, DOCS: tl.constexpr):
+    """Token of the chunk around which a token's decays in a block are taken: the middle, or the first one of its own document."""
+    middle = block_start + BLOCK // 2 - 1
+    reference = tl.zeros_like(first) + middle
+    if DOCS == 2:
+        reference = tl.where(first == first_at_middle, reference, tl.maximum(block_start, first - held - chunk_start))
+    return reference
+
+
+@triton.jit
+def decay_exponent(token, reference, index, g, GATE_DOT: tl.constexpr):
+    """Sum of the log-gates behind `reference` up to `token`, negative of it where the token comes first: [tokens, M].
+
+    Summed directly as a product with a matrix of 1, 0 and -1, so gates outside of the stretch do not even leave a rounding error.
+    """
+    behind = (index[None, :] > reference[:, None]) & (index[None, :] <= token[:, None])
+    before = (index[None, :] > token[:, None]) & (index[None, :] <= reference[:, None])
+    signs = tl.where(behind, 1.0, tl.where(before, -1.0, 0.0))
+    return tl.dot(signs, g, input_precision=GATE_DOT)
+
+
+@triton.jit
+def decay_from_state(token, first, index, index_first, g, continues, GATE_DOT: tl.constexpr):
+    """exp(sum of the log-gates of the chunk up to `token`), 0 where the state before the chunk is another document's: [tokens, M]."""
+    summed = (index[None, :] <= token[:, None]) & (index_first[None, :] == first[:, None])
+    exponent = tl.dot(tl.where(summed, 1.0, 0.0), g, input_precision=GATE_DOT)
+    return tl.where(continues[:, None], tl.exp(exponent), 0.0)
+
+
+@triton.jit
+def load_gates(at, row, slot, valid, M: tl.constexpr):
+    """Log-gates [rows, slots]; 0 (no decay, no write) where not valid."""
+    return tl.load(at + row[:, None] * M + slot[None, :], mask=valid[:, None] & (slot < M)[None, :], other=0.0)
+
+
+@triton.jit
+def group_sum(x, C: tl.constexpr, RP: tl.constexpr, N: tl.constexpr):
+    """Sum over the query heads of the group: [C * RP, N] -> [C, N]."""
+    if RP == 1:
+        return x
+    return tl.sum(tl.reshape(x, (C, RP, N)), axis=1)

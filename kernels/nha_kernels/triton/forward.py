@@ -1,0 +1,199 @@
+"""Forward: one program per chunk and KV head reads slots and window under one online softmax.
+
+slot logits    from the slots before the chunk, decayed, and from the chunk's own writes
+window logits  rotated relative to the first row that the program touches: only distances matter
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .common import LN_2, LOG2_E, continues_state, decay_from_state, load_gates, load_starts, write_strength
+from .problem import Problem
+from .states import ChunkStates
+from .tiles import (
+    biased_logits,
+    decay_dtype,
+    dot_halves,
+    key_factor,
+    load_halves,
+    load_rows,
+    log_mass_rows,
+    rotated,
+    row_factor,
+    visible_pairs,
+    window_visible,
+)
+
+
+@triton.jit
+def _fold(logits, largest, total, acc):
+    """One step of the online softmax (base 2): probabilities relative to the new maximum, and the rescaled sums."""
+    new_largest = tl.maximum(largest, tl.max(logits, 1))
+    finite = tl.where(new_largest == float("-inf"), 0.0, new_largest)
+    p = tl.exp2(logits - finite[:, None])
+    rescale = tl.exp2(largest - finite)
+    return p, new_largest, total * rescale + tl.sum(p, 1), acc * rescale[:, None]
+
+
+@triton.jit
+def attention_forward(
+    q,
+    k,
+    v,
+    g,
+    start,
+    cos,
+    sin,
+    state_keys,
+    state_values,
+    state_log,
+    out,  # [B, T, HQ, V]
+    lse,  # [B, T, HQ] natural log-sum-exp over slots and window, -inf where a query sees nothing
+    T,
+    E,
+    held,
+    W,
+    num_chunks,
+    scale,
+    H: tl.constexpr,
+    R: tl.constexpr,
+    RP: tl.constexpr,
+    K: tl.constexpr,
+    V: tl.constexpr,
+    M: tl.constexpr,
+    C: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    HALF: tl.constexpr,
+    GATE_FLOOR: tl.constexpr,
+    GATE_DOT: tl.constexpr,
+    EMPTY: tl.constexpr,
+    DOCS: tl.constexpr,
+    ROPE: tl.constexpr,
+    WINDOW: tl.constexpr,
+):
+    n = tl.program_id(0)
+    bh = tl.program_id(1).to(tl.int64)
+    b, h = bh // H, bh % H
+    t0 = n * C
+    rows = tl.arange(0, C * RP)
+    token, head = rows // RP, rows % RP
+    index = tl.arange(0, C)
+    row_ok = (t0 + token < T) & (head < R)
+    logit_scale = scale * LOG2_E
+
+    at_row = token * (H * R) + head
+    at_query = ((b * T + t0) * H + h) * R
+    q1, q2 = load_halves(q + at_query * K, at_row, row_ok, K, HALF)
+    dtype = q1.dtype
+    first = load_starts(start, b, t0, token, T, DOCS)
+    index_first = load_starts(start, b, t0, index, T, DOCS)
+    query_row = held + t0 + token
+
+    largest = tl.full((C * RP,), float("-inf"), tl.float32)
+    total = tl.zeros((C * RP,), tl.float32)
+    acc = tl.zeros((C * RP, V), tl.float32)
+
+    if WINDOW:
+        lowest = -((W - 1 + BN - 1) // BN) * BN  # first row that the program touches, relative to the chunk's own first row
+        r1, r2 = rotated(q1, q2, cos, sin, token - lowest, K, ROPE)
+        at_own = (b * E + held + t0) * H + h
+        for offset in range(lowest, 0, BN):
+            near = offset + tl.arange(0, BN)
+            row = held + t0 + near
+            k1, k2 = load_halves(k + at_own * K, near * H, (row >= 0) & (row < E), K, HALF)
+            k1, k2 = rotated(k1, k2, cos, sin, near - lowest, K, ROPE)
+            logits = dot_halves(r1, r2, k1, k2) * logit_scale
+            logits = tl.where(window_visible(row, query_row, first, W), logits, float("-inf"))
+            p, largest, total, acc = _fold(logits, largest, total, acc)
+            values = load_rows(v + at_own * V, near * H, (row >= 0) & (row < E), V)
+            acc = tl.dot(p.to(dtype), values, acc, input_precision="ieee")
+        row = held + t0 + index
+        k1, k2 = load_halves(k + at_own * K, index * H, row < E, K, HALF)
+        k1, k2 = rotated(k1, k2, cos, sin, index - lowest, K, ROPE)
+        logits = dot_halves(r1, r2, k1, k2) * logit_scale
+        logits = tl.where(window_visible(row, query_row, first, W), logits, float("-inf"))
+        p, largest, total, acc = _fold(logits, largest, total, acc)
+        values = load_rows(v + at_own * V, index * H, row < E, V)
+        acc = tl.dot(p.to(dtype), values, acc, input_precision="ieee")
+
+    written_row = held + t0 - W + index
+    written = (written_row >= index_first) & (t0 + index < T)
+    at_written = (b * E + held + t0 - W) * H + h
+    k1, k2 = load_halves(k + at_written * K, index * H, written, K, HALF)
+    values = load_rows(v + at_written * V, index * H, written, V)
+    pairs = visible_pairs(token, first, index, index_first, written, DOCS)
+    wide = decay_dtype(q1)
+    scores = tl.where(pairs, dot_halves(q1, q2, k1, k2), 0.0).to(wide)
+    continues = continues_state(first, held, t0)
+    at_state = (bh * (num_chunks + 1) + n) * M
+    for m in range(0, M, BM):
+        slot = m + tl.arange(0, BM)
+        gate = load_gates(g + at_written * M, index * H, slot, written, M)
+        floored = tl.maximum(gate, GATE_FLOOR)
+        from_state = decay_from_state(token, first, index, index_first, floored, continues, GATE_DOT)
+        s1, s2 = load_halves(state_keys + at_state * K, slot, slot < M, K, HALF)
+        logits = dot_halves(q1, q2, s1, s2) * from_state
+        strength = write_strength(floored)
+        for block in tl.static_range(0, C, BLOCK):
+            to_row = row_factor(token, first, start, b, t0, T, held, index, floored, block, BLOCK, DOCS, GATE_DOT)
+            to_reference = strength * key_factor(index_first, start, b, t0, T, held, index, floored, block, BLOCK, DOCS, GATE_DOT)
+            logits += to_row * tl.dot(scores, to_reference.to(wide), input_precision="ieee")
+        logits = logits * logit_scale
+        log_mass = logits
+        if EMPTY == 2:
+            log_before = tl.load(state_log + at_state + slot, mask=slot < M, other=0.0)
+            log_mass = log_mass_rows(token, first, index, index_first, tl.maximum(gate, -40.0), log_before, continues, GATE_DOT)
+        logits = biased_logits(logits, log_mass, query_row - W >= first, slot, M, BM, EMPTY)
+        p, largest, total, acc = _fold(logits, largest, total, acc)
+
+        state = load_rows(state_values + at_state * V, slot, slot < M, V)
+        acc = tl.dot((p * from_state).to(dtype), state, acc, input_precision="ieee")
+        weights = tl.zeros((C * RP, C), tl.float32)
+        for block in tl.static_range(0, C, BLOCK):
+            to_row = row_factor(token, first, start, b, t0, T, held, index, floored, block, BLOCK, DOCS, GATE_DOT)
+            to_reference = strength * key_factor(index_first, start, b, t0, T, held, index, floored, block, BLOCK, DOCS, GATE_DOT)
+            weights = tl.dot((p * to_row).to(wide), tl.trans(to_reference.to(wide)), weights, input_precision="ieee")
+        acc = tl.dot(tl.where(pairs, weights, 0.0).to(dtype), values, acc, input_precision="ieee")
+
+    nothing = total == 0.0
+    safe = tl.where(nothing, 1.0, total)
+    result = acc / safe[:, None]
+    at_out = out + at_query * V + at_row[:, None] * V + tl.arange(0, V)[None, :]
+    tl.store(at_out, result.to(dtype), mask=row_ok[:, None])
+    logsumexp = tl.where(nothing, float("-inf"), (largest + tl.log2(safe)) * LN_2)
+    tl.store(lse + at_query + at_row, logsumexp, mask=row_ok)
+
+
+def forward(problem: Problem, states: ChunkStates) -> tuple[Tensor, Tensor]:
+    """Output [B, T, HQ, V] in the inputs' dtype and log-sum-exp [B, T, HQ] in float32."""
+    p = problem
+    out = torch.empty(*p.q.shape[:3], p.value_dim, dtype=p.q.dtype, device=p.q.device)
+    lse = torch.empty(p.q.shape[:3], dtype=torch.float32, device=p.q.device)
+    attention_forward[(p.num_chunks, p.batch * p.kv_heads)](
+        p.q,
+        p.k,
+        p.v,
+        p.g,
+        p.start,
+        p.angles[0],
+        p.angles[1],
+        states.keys,
+        states.values,
+        states.log_decay,
+        out,
+        lse,
+        p.num_tokens,
+        p.num_rows,
+        p.held,
+        p.window,
+        p.num_chunks,
+        p.scale,
+        **p.tile_constants(),
+        num_warps=p.tiles.forward_warps,
+        num_stages=p.tiles.forward_stages,
+    )
+    return out, lse

@@ -1,0 +1,152 @@
+"""One call, described for the kernels: tensors, sizes, and the tile sizes that dispatch chose."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """Static choice for a shape. `chunk` tokens of a KV head are a program; `block` of them share a reference token for decays."""
+
+    chunk: int
+    block: int
+    slots: int  # slots taken at a time
+    window: int  # window rows taken at a time
+    forward_warps: int
+    query_warps: int
+    key_warps: int
+    forward_stages: int = 2
+    query_stages: int = 1
+    key_stages: int = 2
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Contiguous tensors: q [B, T, HQ, K]; k [B, E, H, K], v [B, E, H, V], g [B, E, H, M] with the memory's `held` rows in front.
+
+    `start` is the extended row at which a query's document begins: None (row 0), [B], or [B, T] (`docs` 0, 1, 2).
+    `attend_window` is False where another kernel attends to the window: then only the slots are read here.
+    """
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    g: Tensor
+    start_or_none: Tensor | None
+    cos: Tensor | None  # [offsets, K / 2], by distance from the first row of a tile
+    sin: Tensor | None
+    held: int
+    window: int
+    rotated_pairs: int
+    scale: float
+    empty_slots: str
+    attend_window: bool
+    tiles: Tiles
+
+    @property
+    def batch(self) -> int:
+        return self.q.shape[0]
+
+    @property
+    def num_tokens(self) -> int:
+        return self.q.shape[1]
+
+    @property
+    def num_rows(self) -> int:
+        return self.k.shape[1]
+
+    @property
+    def query_heads(self) -> int:
+        return self.q.shape[2]
+
+    @property
+    def kv_heads(self) -> int:
+        return self.k.shape[2]
+
+    @property
+    def key_dim(self) -> int:
+        return self.k.shape[3]
+
+    @property
+    def value_dim(self) -> int:
+        return self.v.shape[3]
+
+    @property
+    def num_slots(self) -> int:
+        return self.g.shape[3]
+
+    @property
+    def C(self) -> int:
+        return self.tiles.chunk
+
+    @property
+    def BM(self) -> int:
+        return self.tiles.slots
+
+    @property
+    def num_chunks(self) -> int:
+        return -(-self.num_tokens // self.C)
+
+    @property
+    def state_columns(self) -> int:
+        return 64
+
+    @property
+    def start(self) -> Tensor:
+        return self.g if self.start_or_none is None else self.start_or_none  # never read with DOCS = 0
+
+    @property
+    def angles(self) -> tuple[Tensor, Tensor]:
+        if self.cos is None or self.sin is None:
+            return self.g, self.g  # never read without rotation
+        return self.cos, self.sin
+
+    @property
+    def DOCS(self) -> int:
+        return 0 if self.start_or_none is None else self.start_or_none.dim()
+
+    @property
+    def GATE_FLOOR(self) -> float:
+        return -64.0 / (self.tiles.block // 2)
+
+    @property
+    def GATE_DOT(self) -> str:
+        return "ieee" if self.q.dtype == torch.float32 else "tf32x3"
+
+    def tile_constants(self) -> dict[str, object]:
+        """Compile-time arguments that the attention kernels share."""
+        group = self.query_heads // self.kv_heads
+        return {
+            "H": self.kv_heads,
+            "R": group,
+            "RP": 1 << (group - 1).bit_length(),
+            "K": self.key_dim,
+            "V": self.value_dim,
+            "M": self.num_slots,
+            "C": self.C,
+            "BLOCK": self.tiles.block,
+            "BM": self.BM,
+            "BN": self.tiles.window,
+            "HALF": self.rotated_pairs or self.key_dim // 2,
+            "GATE_FLOOR": self.GATE_FLOOR,
+            "GATE_DOT": self.GATE_DOT,
+            "EMPTY": {"attend": 0, "mask": 1, "weight": 2}[self.empty_slots],
+            "DOCS": self.DOCS,
+            "ROPE": self.cos is not None,
+            "WINDOW": self.attend_window and self.window > 0,
+        }
+
+
+@dataclass(frozen=True)
+class Gradients:
+    """What the backward kernels hand to each other."""
+
+    q: Tensor
+    delta: Tensor  # [B, T, HQ] <d_out, out>
+    states: Tensor  # [B*H, N, M, K+V] gradient of the slots: before each chunk, then (composed) after it
+    logs: Tensor  # [B*H, N, M] the same of the sum of log-gates
+    written_keys: Tensor  # [B, E, H, K] gradient through the slots; rows that were never written are not touched
+    written_values: Tensor  # [B, E, H, V]
+    gates: Tensor  # [B, E, H, M]

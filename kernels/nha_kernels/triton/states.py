@@ -1,0 +1,296 @@
+"""Slots before every chunk: a scan over chunks, parallel over segments of the sequence, KV heads and blocks of the state.
+
+1. each segment from empty slots      -> its update U and its decay D       (skipped with one segment)
+2. composed over segments              -> slots before each segment
+3. each segment from those             -> slots before each chunk, slots after the last token
+"""
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .common import continues_state, load_starts, write_strength
+from .problem import Problem
+
+
+@triton.jit
+def scan_segments(
+    k,
+    v,
+    g,
+    start,
+    initial,  # [B*H, segments, M, K+V] slots before each segment, or the slots after it (FIRST_PASS)
+    initial_log,  # [B*H, segments, M] sum of log-gates, likewise
+    decay_log,  # [B*H, segments, M] decay of the segment as a logarithm, -inf where a document begins in it (FIRST_PASS)
+    state_keys,  # [B*H, chunks + 1, M, K] slots before each chunk and after the last one
+    state_values,  # [B*H, chunks + 1, M, V]
+    state_log,  # [B*H, chunks + 1, M] sum of the log-gates written so far
+    chunk_decay,  # [B*H, chunks, M] decay of the slots over the chunk, -1 where they are not carried on
+    final,  # [B*H, M, K+V+1] slots and log-decay after the last token, float32
+    T,
+    E,
+    held,
+    W,
+    num_chunks,
+    chunks_per_segment,
+    H: tl.constexpr,
+    K: tl.constexpr,
+    V: tl.constexpr,
+    M: tl.constexpr,
+    C: tl.constexpr,
+    BM: tl.constexpr,
+    BD: tl.constexpr,
+    GATE_FLOOR: tl.constexpr,
+    DOCS: tl.constexpr,
+    FIRST_PASS: tl.constexpr,
+):
+    segment = tl.program_id(0)
+    block_m = tl.program_id(1) // ((K + V) // BD)
+    block_d = tl.program_id(1) % ((K + V) // BD)
+    bh = tl.program_id(2).to(tl.int64)
+    b, h = bh // H, bh % H
+    num_segments = tl.num_programs(0)
+
+    slot = block_m * BM + tl.arange(0, BM)
+    index = tl.arange(0, C)
+    slot_ok = slot < M
+    column = block_d * BD + tl.arange(0, BD)
+    keeps_log = block_d == 0
+
+    at_segment = bh * num_segments + segment
+    state_offset = (at_segment * M + slot[:, None]) * (K + V) + column[None, :]
+    if FIRST_PASS:
+        state = tl.zeros((BM, BD), tl.float32)
+        log_mass = tl.zeros((BM,), tl.float32)
+    else:
+        state = tl.load(initial + state_offset, mask=slot_ok[:, None], other=0.0)
+        log_mass = tl.load(initial_log + at_segment * M + slot, mask=slot_ok, other=0.0)
+    log_decay = tl.zeros((BM,), tl.float32)
+
+    of_keys = block_d * BD < K
+    if of_keys:
+        x, target = k, state_keys
+    else:
+        x, target = v, state_values
+    x_column = tl.where(of_keys, column, column - K)
+    if K == V:
+        dim = K
+    else:
+        dim = tl.where(of_keys, K, V)
+
+    first_chunk = segment * chunks_per_segment
+    for n in range(first_chunk, tl.minimum(first_chunk + chunks_per_segment, num_chunks)):
+        t0 = n * C
+        if not FIRST_PASS:
+            at_chunk = bh * (num_chunks + 1) + n
+            tl.store(
+                target + at_chunk * M * dim + slot[:, None] * dim + x_column[None, :],
+                state.to(target.dtype.element_ty),
+                mask=slot_ok[:, None],
+            )
+        first = load_starts(start, b, t0, index, T, DOCS)
+        last_first = tl.max(first, 0)  # the document of the chunk's last query: documents come in order
+        row = held + t0 - W + index  # extended row written at each query
+        kept = (row >= first) & (t0 + index < T) & (first == last_first)
+        next_first = load_starts(start, b, t0, index + 1, T, DOCS)
+        next_kept = (index + 1 < C) & (row + 1 >= next_first) & (t0 + index + 1 < T) & (next_first == last_first)
+
+        base = b * E + held + t0 - W
+        gates = g + base * (H * M) + h * M + slot[:, None] + index[None, :] * (H * M)
+        gate = tl.load(gates, mask=slot_ok[:, None] & kept[None, :], other=0.0)
+        next_gate = tl.load(gates + H * M, mask=slot_ok[:, None] & next_kept[None, :], other=0.0)
+        floored = tl.maximum(gate, GATE_FLOOR)
+        after = tl.cumsum(tl.maximum(next_gate, GATE_FLOOR), axis=1, reverse=True)  # decays of the writes that follow in the chunk
+        weight = write_strength(floored) * tl.exp(after)
+        values = tl.load(x + (base * H + h) * dim + index[:, None] * (H * dim) + x_column[None, :], mask=kept[:, None], other=0.0)
+        if values.dtype == tl.float16:  # a weight may be far below fp16's smallest number
+            values = values.to(tl.bfloat16)
+        update = tl.dot(weight.to(values.dtype), values, input_precision="ieee")
+
+        total = tl.sum(floored, axis=1)
+        continues = continues_state(last_first, held, t0)
+        decay = tl.where(continues, tl.exp(total), 0.0)
+        state = tl.where(continues, state * decay[:, None], 0.0) + update
+        if not FIRST_PASS:
+            if keeps_log:
+                tl.store(state_log + at_chunk * M + slot, log_mass, mask=slot_ok)
+                carried = tl.where(continues, decay, -1.0)
+                tl.store(chunk_decay + (bh * num_chunks + n) * M + slot, carried, mask=slot_ok)
+        exact = tl.sum(tl.maximum(gate, -40.0), axis=1)
+        log_mass = tl.where(continues, log_mass, 0.0) + exact
+        log_decay = tl.where(continues, log_decay + total, float("-inf"))
+
+    if FIRST_PASS:
+        tl.store(initial + state_offset, state, mask=slot_ok[:, None])
+        if keeps_log:
+            tl.store(initial_log + at_segment * M + slot, log_mass, mask=slot_ok)
+            tl.store(decay_log + at_segment * M + slot, log_decay, mask=slot_ok)
+    elif segment == num_segments - 1:
+        at_end = bh * (num_chunks + 1) + num_chunks
+        tl.store(
+            target + at_end * M * dim + slot[:, None] * dim + x_column[None, :], state.to(target.dtype.element_ty), mask=slot_ok[:, None]
+        )
+        tl.store(final + (bh * M + slot[:, None]) * (K + V + 1) + column[None, :], state, mask=slot_ok[:, None])
+        if keeps_log:
+            tl.store(final + (bh * M + slot) * (K + V + 1) + K + V, log_mass, mask=slot_ok)
+            tl.store(state_log + at_end * M + slot, log_mass, mask=slot_ok)
+
+
+@triton.jit
+def compose_segments(
+    updates,
+    update_logs,
+    decay_log,
+    initial,  # [B*H, M, K+V+1]
+    num_segments,
+    M: tl.constexpr,
+    K: tl.constexpr,
+    V: tl.constexpr,
+    BM: tl.constexpr,
+    BD: tl.constexpr,
+    HAS_INITIAL: tl.constexpr,
+):
+    """Replaces the update of each segment by the slots before it."""
+    slot = tl.program_id(0) * BM + tl.arange(0, BM)
+    column = tl.program_id(1) * BD + tl.arange(0, BD)
+    bh = tl.program_id(2).to(tl.int64)
+    slot_ok = slot < M
+    keeps_log = tl.program_id(1) == 0
+    state = tl.zeros((BM, BD), tl.float32)
+    log_mass = tl.zeros((BM,), tl.float32)
+    if HAS_INITIAL:
+        at_slots = initial + (bh * M + slot) * (K + V + 1)
+        state = tl.load(at_slots[:, None] + column[None, :], mask=slot_ok[:, None], other=0.0)
+        log_mass = tl.load(at_slots + K + V, mask=slot_ok, other=0.0)
+    for segment in range(0, num_segments):
+        slots = (bh * num_segments + segment) * M + slot
+        at = updates + slots[:, None] * (K + V) + column[None, :]
+        update = tl.load(at, mask=slot_ok[:, None], other=0.0)
+        tl.store(at, state, mask=slot_ok[:, None])
+        log_decay = tl.load(decay_log + slots, mask=slot_ok, other=0.0)
+        resets = log_decay == float("-inf")
+        state = tl.where(resets[:, None], 0.0, state * tl.exp(log_decay)[:, None]) + update
+        if keeps_log:
+            log_update = tl.load(update_logs + slots, mask=slot_ok, other=0.0)
+            tl.store(update_logs + slots, log_mass, mask=slot_ok)
+            log_mass = tl.where(resets, 0.0, log_mass) + log_update
+
+
+class ChunkStates(NamedTuple):
+    """Slots before each chunk and after the last: keys [B*H, N+1, M, K], values [B*H, N+1, M, V], log-decay [B*H, N+1, M];
+    decay over each chunk [B*H, N, M], -1 where a document ends; final [B*H, M, K+V+1] in float32."""
+
+    keys: Tensor
+    values: Tensor
+    log_decay: Tensor
+    chunk_decay: Tensor
+    final: Tensor
+
+
+class SegmentStarts(NamedTuple):
+    """Slots [B*H, S, M, K+V] and log-decay [B*H, S, M] before each segment, float32: all that the backward keeps of the states."""
+
+    slots: Tensor
+    log_decay: Tensor
+    chunks_per_segment: int
+
+
+_PROGRAMS = 1024  # enough to fill any chip of today several times
+_LEAST_CHUNKS = 8  # shorter segments cost more in composing than they gain
+
+
+def segment_starts(problem: Problem, initial: Tensor | None) -> SegmentStarts:
+    """Slots before each segment. `initial`: slots and log-decay of the memory, [B, H, M, K+V+1] in float32."""
+    p = problem
+    heads, width = p.batch * p.kv_heads, p.key_dim + p.value_dim
+    per_chunk = heads * triton.cdiv(p.num_slots, p.BM) * (width // p.state_columns)
+    length = max(_LEAST_CHUNKS, triton.cdiv(p.num_chunks * per_chunk, _PROGRAMS))
+    segments = triton.cdiv(p.num_chunks, length)
+    options = {"dtype": torch.float32, "device": p.k.device}
+    if segments == 1:
+        if initial is None:
+            return SegmentStarts(
+                torch.zeros(heads, 1, p.num_slots, width, **options), torch.zeros(heads, 1, p.num_slots, **options), length
+            )
+        slots = initial.view(heads, 1, p.num_slots, width + 1)
+        return SegmentStarts(slots[..., :width].contiguous(), slots[..., width].contiguous(), length)
+    slots = torch.empty(heads, segments, p.num_slots, width, **options)
+    logs = torch.empty(heads, segments, p.num_slots, **options)
+    decays = torch.empty_like(logs)
+    _scan(p, SegmentStarts(slots, logs, length), decays, None, first_pass=True)
+    columns = 64
+    compose_segments[(triton.cdiv(p.num_slots, 16), width // columns, heads)](
+        slots,
+        logs,
+        decays,
+        slots if initial is None else initial,
+        segments,
+        M=p.num_slots,
+        K=p.key_dim,
+        V=p.value_dim,
+        BM=16,
+        BD=columns,
+        HAS_INITIAL=initial is not None,
+        num_warps=4,
+    )
+    return SegmentStarts(slots, logs, length)
+
+
+def chunk_states(problem: Problem, starts: SegmentStarts) -> ChunkStates:
+    p = problem
+    heads = p.batch * p.kv_heads
+    options = {"dtype": torch.float32, "device": p.k.device}
+    states = ChunkStates(
+        torch.empty(heads, p.num_chunks + 1, p.num_slots, p.key_dim, dtype=p.k.dtype, device=p.k.device),
+        torch.empty(heads, p.num_chunks + 1, p.num_slots, p.value_dim, dtype=p.k.dtype, device=p.k.device),
+        torch.empty(heads, p.num_chunks + 1, p.num_slots, **options),
+        torch.empty(heads, p.num_chunks, p.num_slots, **options),
+        torch.empty(heads, p.num_slots, p.key_dim + p.value_dim + 1, **options),
+    )
+    _scan(p, starts, starts.log_decay, states, first_pass=False)
+    return states
+
+
+def _scan(p: Problem, starts: SegmentStarts, decays: Tensor, states: ChunkStates | None, *, first_pass: bool) -> None:
+    """Without `states` their arguments are never touched; any pointer of the right type stands in."""
+    keys, values, log_decay, chunk_decay, final = states or (p.k, p.v, decays, decays, decays)
+    grid = (
+        starts.slots.shape[1],
+        triton.cdiv(p.num_slots, p.BM) * ((p.key_dim + p.value_dim) // p.state_columns),
+        p.batch * p.kv_heads,
+    )
+    scan_segments[grid](
+        p.k,
+        p.v,
+        p.g,
+        p.start,
+        starts.slots,
+        starts.log_decay,
+        decays,
+        keys,
+        values,
+        log_decay,
+        chunk_decay,
+        final,
+        p.num_tokens,
+        p.num_rows,
+        p.held,
+        p.window,
+        p.num_chunks,
+        starts.chunks_per_segment,
+        H=p.kv_heads,
+        K=p.key_dim,
+        V=p.value_dim,
+        M=p.num_slots,
+        C=p.C,
+        BM=p.BM,
+        BD=p.state_columns,
+        GATE_FLOOR=p.GATE_FLOOR,
+        DOCS=p.DOCS,
+        FIRST_PASS=first_pass,
+        num_warps=4,
+        num_stages=3,
+    )
