@@ -1,5 +1,6 @@
 """The Hugging Face model by itself: the cache is the memory, whatever way the tokens arrive."""
 
+import itertools
 from typing import Any
 
 import pytest
@@ -159,7 +160,7 @@ def test_packed_documents_do_not_see_each_other() -> None:
     packed = model(tokens, position_ids=positions)
     assert packed.past_key_values is None
     for row, bounds in ((0, [0, 4, 7, 8, 10]), (1, [0, 10])):
-        for start, end in zip(bounds, bounds[1:], strict=False):
+        for start, end in itertools.pairwise(bounds):
             alone = model(tokens[row : row + 1, start:end], use_cache=False).logits[0]
             torch.testing.assert_close(packed.logits[row, start:end], alone, **TOLERANCE)
 
