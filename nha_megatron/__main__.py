@@ -10,35 +10,43 @@ from nha_megatron.config import ConfigError, load_config
 from nha_megatron.config.inputs import require_inputs
 from nha_megatron.config.report import check_report
 
+TRAINING_FAILED = 1
 USER_ERROR = 2
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit status: 0, or 2 after one message about a mistake in the configuration."""
+    """Run one command; returns the exit status: 0, or after one message 2 (a user's mistake) or 1 (the numbers of the run failed)."""
     arguments = _parse(argv)
     try:
-        arguments.command(arguments)
+        status: int = arguments.command(arguments)
     except ConfigError as error:
         _report(error)
         return USER_ERROR
+    return status
+
+
+def _check(arguments: argparse.Namespace) -> int:
+    print(check_report(load_config(arguments.config, arguments.overrides), arguments.world_size))
     return 0
 
 
-def _check(arguments: argparse.Namespace) -> None:
-    print(check_report(load_config(arguments.config, arguments.overrides), arguments.world_size))
-
-
-def _pretrain(arguments: argparse.Namespace) -> None:
+def _pretrain(arguments: argparse.Namespace) -> int:
     config = load_config(arguments.config, arguments.overrides)
     # Everything that can be refused without torch is refused before it is loaded.
     config.check_world(int(os.environ.get("WORLD_SIZE", "1")))
     require_inputs(config)
+    from nha_megatron.training.guards import TrainingError
     from nha_megatron.training.run import pretrain
 
-    pretrain(config)
+    try:
+        pretrain(config)
+    except TrainingError as error:
+        _report(error)
+        return TRAINING_FAILED
+    return 0
 
 
-def _report(error: ConfigError) -> None:
+def _report(error: Exception) -> None:
     """One message for all ranks: rank 0 prints it."""
     if os.environ.get("RANK", "0") == "0":
         print(f"error: {error}", file=sys.stderr, flush=True)

@@ -10,6 +10,7 @@ import yaml
 
 from nha_megatron.__main__ import main
 from nha_megatron.config import load_config
+from nha_megatron.training.guards import TrainingError
 from tests.config.cases import BASE
 
 EXAMPLES = sorted(Path(__file__).parents[2].glob("configs/*.yaml"))
@@ -103,6 +104,21 @@ def test_of_many_ranks_only_the_first_prints(base, capsys, monkeypatch):
 def test_pretrain_accepts_what_the_deepspeed_launcher_appends(base, capsys):
     assert main(["pretrain", "--local_rank=0", base, "training.steps=0"]) == 2
     assert "training.steps" in capsys.readouterr().err
+
+
+def test_pretrain_hands_over_the_configuration_and_reports_a_run_that_failed(base, capsys, monkeypatch, tmp_path):
+    make_token_files(tmp_path)
+    seen = []
+    monkeypatch.setattr("nha_megatron.training.run.pretrain", seen.append)
+    assert main(["pretrain", base, "training.steps=20"]) == 0
+    assert seen == [load_config(base, ["training.steps=20"])]
+
+    def fail(config):
+        raise TrainingError("the loss of step 3 is nan")
+
+    monkeypatch.setattr("nha_megatron.training.run.pretrain", fail)
+    assert main(["pretrain", base]) == 1
+    assert capsys.readouterr().err == "error: the loss of step 3 is nan\n"
 
 
 @pytest.mark.parametrize("arguments", [[], ["train"], ["check"], ["check", "run.yaml", "--steps=3"]])
