@@ -91,14 +91,12 @@ def fetch_memory(
     q passes through the exchange so that every rank's output depends on it: a rank that uses nothing of its memory would
     otherwise leave the exchange out of its backward, and the other ranks would wait for it for ever.
     """
-    g = clamp_log_gates(g)
-    key_dim, value_dim = k.shape[-1], v.shape[-1]
-    tail = slice(plan.first_sent_token, plan.tokens_per_rank)
-    announced = [_announce(k[:, p.start : p.stop], v[:, p.start : p.stop], g[:, p.start : p.stop]) for p in plan.pieces]
+    spans = [(plan.first_sent_token, plan.tokens_per_rank), *((piece.start, piece.stop) for piece in plan.pieces)]
+    tail, *pieces = zip(*(_cut(x, spans) for x in (k, v, clamp_log_gates(g))), strict=True)
     # Without pieces the slots stay empty everywhere; the empty message only carries their shape.
-    channels = torch.stack(announced) if announced else _no_pieces(k, v, g)
-    q, window_keys, window_values, window_log_gates, slots = _Exchange.apply(plan, group, q, k[:, tail], v[:, tail], g[:, tail], channels)
-    log_decay, slot_keys, slot_values = slots.split([1, key_dim, value_dim], dim=-1)
+    announced = torch.stack([_announce(*piece) for piece in pieces]) if pieces else _no_pieces(k, v, g)
+    q, window_keys, window_values, window_log_gates, slots = _Exchange.apply(plan, group, q, *tail, announced)
+    log_decay, slot_keys, slot_values = slots.split([1, k.shape[-1], v.shape[-1]], dim=-1)
     memory = Memory(
         slot_keys=slot_keys,
         slot_values=slot_values,
@@ -121,6 +119,27 @@ def _announce(k: Tensor, v: Tensor, g: Tensor) -> Tensor:
 def _no_pieces(k: Tensor, v: Tensor, g: Tensor) -> Tensor:
     batch, _, heads, slots = g.shape
     return k.new_empty(0, batch, heads, slots, 1 + k.shape[-1] + v.shape[-1], dtype=accumulation_dtype(k.dtype))
+
+
+def _cut(x: Tensor, spans: list[tuple[int, int]]) -> tuple[Tensor, ...]:
+    return _Cut.apply(x, spans)
+
+
+class _Cut(torch.autograd.Function):
+    """x [B, L, ...] -> views of several token spans. Their gradients meet in one buffer; slicing would fill one of x's size for each."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, spans: list[tuple[int, int]]) -> tuple[Tensor, ...]:
+        ctx.shape, ctx.spans = x.shape, spans
+        return tuple(x[:, start:stop] for start, stop in spans)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        total = gradients[0].new_zeros(ctx.shape)
+        for (start, stop), gradient in zip(ctx.spans, gradients, strict=True):
+            total[:, start:stop] += gradient
+        return total, None
 
 
 class _Exchange(torch.autograd.Function):
@@ -217,8 +236,7 @@ def _from_bytes(message: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
 
 @lru_cache(maxsize=64)
 def _document_tensor(cu_seqlens: tuple[int, ...], device: torch.device) -> Tensor:
-    """The boundaries on the device, copied once for all layers."""
-    host = torch.tensor(cu_seqlens, dtype=torch.int32)
-    if device.type == "cuda":
-        return host.pin_memory().to(device, non_blocking=True)
-    return host.to(device)
+    """The boundaries on the device, copied once for all layers; from pinned memory, so that the host does not wait."""
+    with torch.inference_mode(False):  # the cached tensor may be used in training next
+        host = torch.tensor(cu_seqlens, dtype=torch.int32)
+        return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host.to(device)

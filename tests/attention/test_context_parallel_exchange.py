@@ -11,7 +11,8 @@ import torch.distributed as dist
 
 from nha_megatron.attention.context_parallel_exchange import context_parallel_attention, fetch_memory
 from nha_megatron.attention.context_parallel_plan import plan_context_parallel
-from nha_megatron.config import ConfigError
+from nha_megatron.config import ConfigError, ModelConfig
+from nha_megatron.config.arithmetic import context_parallel_bytes
 from tests.attention.context_parallel_cases import Case, Results, assert_close, join_shards, on_one_rank, on_this_rank
 from tests.distributed import RankPool
 
@@ -171,15 +172,16 @@ def test_all_ranks_run_the_same_collectives_in_the_same_order(ranks: RankPool, w
 
 
 def test_bytes_sent_are_those_of_the_cost_arithmetic_and_do_not_grow_with_the_shard(ranks: RankPool) -> None:
-    """Rank 0 of 3 announces its halo to one rank, and both pieces. K = 12, V = 8, H = 2, M = 3, W = 3; bf16 keys, fp32 the rest."""
-    halo = 3 * 2 * (2 * (12 + 8) + 4 * 3)
-    summary = 2 * 2 * 3 * (1 + 12 + 8) * 4
+    model = ModelConfig(num_layers=1, hidden_size=20, ffn_hidden_size=20, num_heads=2, num_kv_heads=2, num_slots=3, vocab_size=128)
+    assert 2 * model.head_dim == 12 + 8, "the case has K = 12 and V = 8, the arithmetic counts 2 * head_dim"
     for shard in (5, 50):
-        case = Case(3, 3 * shard, 3, dtype=torch.bfloat16)
+        case = Case(3, 3 * shard, window=3, dtype=torch.bfloat16)
         sizes = [sizes for _, sizes in ranks.run(3, record_collectives, case=case, layers=1)]
-        assert sizes[0][:2] == [halo, summary]
-        # Back: the gradient of the halo received (none on rank 0), and one state instead of two pieces.
-        assert sizes[0][2:] == [0, summary // 2] and sizes[1][2:] == [halo, summary // 2]
+        halo, summary, halo_back, slots_back = sizes[1]  # the inner rank
+        assert halo + summary == context_parallel_bytes(model, 3, shard, 3, element_bytes=2)
+        # The backward returns the halo and gathers one set of slots instead of two pieces.
+        assert halo_back == halo and slots_back == summary // 2
+        assert [of_rank[0] for of_rank in sizes] == [halo, halo, 0] and [of_rank[2] for of_rank in sizes] == [0, halo, halo]
 
 
 def memory_of_this_rank(case: Case) -> Any:
