@@ -10,10 +10,7 @@ from torch import nn
 
 from nha_megatron.attention.layer import NativeHybridAttention
 
-# Each shard of a sequence is measured by itself. That is exact for the two statistics of single tokens; the share of the
-# softmax would miss the slots' content from the shards before, so it is left out under context parallelism.
-_OF_SINGLE_TOKENS = ("mean_decay", "write_strength")
-_OF_SEQUENCES = ("slot_share",)
+NAMES = ("slot_share", "mean_decay", "write_strength")
 
 
 def request(model_chunks: Iterable[nn.Module]) -> None:
@@ -22,22 +19,21 @@ def request(model_chunks: Iterable[nn.Module]) -> None:
         layer.record_statistics = True
 
 
-def collect(model_chunks: Iterable[nn.Module], num_layers: int, context_size: int, device: torch.device) -> dict[str, list[float]]:
+def collect(model_chunks: Iterable[nn.Module], num_layers: int, device: torch.device) -> dict[str, list[float]]:
     """One number a layer and statistic, the mean over all ranks that hold a part of the layer. Collective over all ranks.
 
     Each rank adds what its layers measured on its heads and tokens, so the result has the same form at any parallel layout.
     """
-    names = _OF_SINGLE_TOKENS if context_size > 1 else _OF_SEQUENCES + _OF_SINGLE_TOKENS
-    totals = torch.zeros(len(names) + 1, num_layers, dtype=torch.float32, device=device)
+    totals = torch.zeros(len(NAMES) + 1, num_layers, dtype=torch.float32, device=device)
     for layer in _layers(model_chunks):
         assert layer.statistics is not None, "`request` comes before the forward"
         column = layer.layer_number - 1
-        totals[:-1, column] += torch.stack([layer.statistics[name].to(device, torch.float32) for name in names])
+        totals[:-1, column] += torch.stack([layer.statistics[name].to(device, torch.float32) for name in NAMES])
         totals[-1, column] += 1
         layer.statistics = None
     dist.all_reduce(totals)
     means = (totals[:-1] / totals[-1]).tolist()
-    return dict(zip(names, means, strict=True))
+    return dict(zip(NAMES, means, strict=True))
 
 
 def _layers(model_chunks: Iterable[nn.Module]) -> Iterator[NativeHybridAttention]:

@@ -77,7 +77,7 @@ def train(
                 "memory": memory_in_use(layout.device),
             }
             if measure_layers:
-                record |= layer_statistics.collect(engine.model_chunks, config.model.num_layers, layout.cp_size, layout.device)
+                record |= layer_statistics.collect(engine.model_chunks, config.model.num_layers, layout.device)
             if validation is not None and _due(step, config.training.validate_every, total):
                 record["validation_loss"] = evaluate(engine, validation, config.training.validate_batches)
             if reporter is not None:

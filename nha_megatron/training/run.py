@@ -17,7 +17,7 @@ import torch.distributed as dist
 from nha_megatron.checkpoint import CheckpointError, Progress, find_newest, load_checkpoint, load_weights, resolve, save_checkpoint
 from nha_megatron.checkpoint.collective import on_rank_zero
 from nha_megatron.checkpoint.files import published_steps
-from nha_megatron.config import ConfigError, RunConfig, save_resolved
+from nha_megatron.config import RunConfig, save_resolved
 from nha_megatron.data import BatchReader, open_samples
 from nha_megatron.engine.base import Engine
 from nha_megatron.engine.device import choose_device
@@ -81,18 +81,20 @@ def start(config: RunConfig, engine: Engine, say: Callable[[str], None]) -> Prog
             "Choose another logging.directory, delete them, or set checkpoint.resume=true"
         )
     if config.model.init_from is not None:
-        load_initial_weights(Path(config.model.init_from), engine)
+        load_initial_weights(config, Path(config.model.init_from), engine)
         say(f"weights taken from {config.model.init_from}")
     return Progress()
 
 
-def load_initial_weights(path: Path, engine: Engine) -> None:
-    """Weights only, from a checkpoint of this project."""
+def load_initial_weights(config: RunConfig, path: Path, engine: Engine) -> None:
+    """Weights only: from a Hugging Face directory of this project, or from a checkpoint, a checkpoints folder or a run's folder."""
     if (path / "config.json").is_file():
-        raise ConfigError(
-            f"model.init_from {path} is a Hugging Face directory; importing one is not supported yet. Give a checkpoint of nha_megatron"
-        )
-    load_weights(resolve(path), engine)
+        # Imported here: transformers takes seconds, and only this needs it.
+        from nha_megatron.hf.import_ import load_hf_weights
+
+        engine.load_weights(load_hf_weights(path, config.model))
+    else:
+        load_weights(resolve(path), engine)
 
 
 def run(
