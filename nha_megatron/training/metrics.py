@@ -58,24 +58,27 @@ class JsonLines:
             self._file.close()
 
 
-def truncate_after(path: Path, step: int) -> None:
-    """Keeps the lines of steps 1 .. step of a metrics file. Later steps, and a line torn by a crash, are dropped.
-
-    The file is replaced in one rename. A file that does not exist is left alone.
-    """
-    if not path.exists():
-        return
-    kept = []
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The records of a metrics.jsonl in their order; a line torn by a crash, or by a job that is writing it, is left out."""
+    records = []
     for line in path.read_text(encoding="utf-8").splitlines():
         try:
-            recorded = json.loads(line)["step"]
-        except (json.JSONDecodeError, KeyError, TypeError):
+            record = json.loads(line)
+        except json.JSONDecodeError:
             continue
-        if recorded <= step:
-            kept.append(line + "\n")
+        if isinstance(record, dict) and "step" in record:
+            records.append(record)
+    return records
+
+
+def truncate_after(path: Path, step: int) -> None:
+    """Keeps the records of steps 1 .. step of a metrics file, if there is one. The file is replaced in one rename."""
+    if not path.exists():
+        return
+    kept = [record for record in read_metrics(path) if record["step"] <= step]
     aside = path.with_suffix(".jsonl.partial")
     with aside.open("w", encoding="utf-8") as file:
-        file.writelines(kept)
+        file.writelines(json.dumps(record) + "\n" for record in kept)
         file.flush()
         os.fsync(file.fileno())
     aside.replace(path)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ import torch
 from nha_megatron.checkpoint import load_weights_full
 from nha_megatron.config import RunConfig, parse_config
 from nha_megatron.data import TokenFileWriter
+from nha_megatron.training.metrics import read_metrics
 
 VOCABULARY = 97
 
@@ -70,7 +70,7 @@ def pretrain_on_rank(plain: dict[str, Any]) -> str | None:
 
 
 def metrics(folder: Path, run: str = "run") -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (folder / run / "metrics.jsonl").read_text().splitlines()]
+    return read_metrics(folder / run / "metrics.jsonl")
 
 
 def losses(folder: Path, run: str = "run") -> list[float]:
