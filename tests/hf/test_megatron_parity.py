@@ -39,8 +39,8 @@ def test_logits_equal_those_of_the_gpt_model(variant: str, ranks: RankPool) -> N
     (expected,) = ranks.run(1, "tests.hf.programs:gpt_logits", model=model, tokens=tokens, weights=random_weights(model))
     with torch.no_grad():
         logits = hf_model(model)(tokens).logits
-    # Logits of order 1 to 10 through three layers of float32: separate instead of fused projections change the order of sums only.
-    torch.testing.assert_close(logits, expected[..., : model.vocab_size], atol=1e-4, rtol=1e-4)
+    # Logits of order 1 to 6 in float32: separate instead of fused projections change the order of sums only (largest difference seen: 7e-6).
+    torch.testing.assert_close(logits, expected[..., : model.vocab_size], atol=5e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
@@ -57,4 +57,4 @@ def test_export_of_a_tensor_and_pipeline_parallel_checkpoint(tied: bool, ranks: 
     with torch.no_grad():
         logits = exported(tokens).logits
     assert (exported.lm_head.weight is exported.model.embed_tokens.weight) == tied
-    torch.testing.assert_close(logits, expected[..., : model.vocab_size], atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(logits, expected[..., : model.vocab_size], atol=5e-5, rtol=1e-5)
