@@ -2,6 +2,8 @@
 
 import gzip
 import json
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -152,6 +154,15 @@ class TestPrepare:
         one, two = (list(encode_documents(TEXTS, f"{tokenizer.path}/tokenizer.json", workers)) for workers in (1, 2))
         assert [ids.tolist() for ids in one] == [ids.tolist() for ids in two]
         assert [ids.tolist() for ids in one] == [tokenizer.tokenizer.encode(text).ids for text in TEXTS]
+
+    def test_a_worker_that_dies_is_reported(self, tmp_path: Path) -> None:
+        """Shown with a tokenizer file that is gone when the workers start; a pool that loses a worker must not wait for ever."""
+        with pytest.raises(ConfigError, match="a worker process died"):
+            list(encode_documents(TEXTS, str(tmp_path / "gone.json"), 2))
+
+    def test_workers_start_without_torch(self) -> None:
+        program = "import sys, nha_megatron.data.encode; sys.exit('torch' in sys.modules)"
+        assert subprocess.run([sys.executable, "-c", program]).returncode == 0
 
     def test_validation_split_by_number(self, tokenizer: LoadedTokenizer, tmp_path: Path) -> None:
         result = prepare(["", *TEXTS], tmp_path / "c", tokenizer, source="test", validation=ValidationSplit(documents=3))
