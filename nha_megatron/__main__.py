@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from nha_megatron.config import ConfigError, load_config
 from nha_megatron.config.inputs import require_inputs
 from nha_megatron.config.report import check_report
+from nha_megatron.known_warnings import silence_known_warnings
 
 TRAINING_FAILED = 1
 USER_ERROR = 2
@@ -35,6 +36,7 @@ def _pretrain(arguments: argparse.Namespace) -> int:
     # Everything that can be refused without torch is refused before it is loaded.
     config.check_world(int(os.environ.get("WORLD_SIZE", "1")))
     require_inputs(config)
+    silence_known_warnings()
     from nha_megatron.training.guards import TrainingError
     from nha_megatron.training.run import pretrain
 

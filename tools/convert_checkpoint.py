@@ -13,11 +13,13 @@ import sys
 from collections.abc import Sequence
 
 from nha_megatron.config import ConfigError
+from nha_megatron.known_warnings import silence_known_warnings
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit status 0, or 2 after one message about what is wrong with the input."""
     arguments = parse(argv)
+    silence_known_warnings()
     from nha_megatron.hf.export import export_to_hf  # takes seconds: not needed to show the usage
 
     try:

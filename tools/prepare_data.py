@@ -12,7 +12,6 @@ document ends with the tokenizer's end-of-text token. The result does not depend
 import argparse
 import os
 import sys
-import warnings
 
 
 def arguments() -> argparse.ArgumentParser:
@@ -40,10 +39,10 @@ def main(argv: list[str] | None = None) -> int:
     from tqdm import tqdm
 
     from nha_megatron.config import ConfigError
+    from nha_megatron.known_warnings import silence_known_warnings
 
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # Megatron names optional CUDA packages that are missing; none is needed here
-        from nha_megatron.data.prepare import ValidationSplit, prepare, validation_prefix
+    silence_known_warnings()
+    from nha_megatron.data.prepare import ValidationSplit, prepare, validation_prefix
     from nha_megatron.data.sources import expand_inputs, read_dataset, read_files
     from nha_megatron.data.tokenizer import load_tokenizer
 

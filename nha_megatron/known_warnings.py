@@ -1,0 +1,21 @@
+"""Warnings of our dependencies that say nothing a user could act on. Each is named, so that new ones are still seen."""
+
+import warnings
+
+_KNOWN = (
+    # optional speed-ups of megatron-core, announced once per module and rank
+    (UserWarning, r".*Apex (is|are) not installed"),
+    (UserWarning, r".*Transformer Engine and Apex are not installed"),
+    # megatron-core's own default for a feature that is off
+    (UserWarning, r"full scope is deprecated. Use empty cuda_graph_scope"),
+    # megatron-core's buffers look at .grad of views
+    (UserWarning, r"The \.grad attribute of a Tensor that is not a leaf"),
+    # renamed in torch 2.13; megatron-core calls the old names, which older versions need
+    (FutureWarning, r"`torch\.distributed\.\w+` is deprecated. Please use"),
+)
+
+
+def silence_known_warnings() -> None:
+    """Call before Megatron is imported: part of them is issued on import."""
+    for category, message in _KNOWN:
+        warnings.filterwarnings("ignore", message=message, category=category)
