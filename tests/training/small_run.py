@@ -9,8 +9,9 @@ import numpy as np
 import torch
 
 from nha_megatron.checkpoint import load_weights_full
-from nha_megatron.config import RunConfig, parse_config
+from nha_megatron.config import ConfigError, RunConfig, parse_config
 from nha_megatron.data import TokenFileWriter
+from nha_megatron.training.guards import TrainingError
 from nha_megatron.training.metrics import read_metrics
 
 VOCABULARY = 97
@@ -58,13 +59,12 @@ def config(folder: Path, **sections: dict[str, Any]) -> RunConfig:
 
 
 def pretrain_on_rank(plain: dict[str, Any]) -> str | None:
-    """Program of the rank pool: the whole job. Returns the message of a user's mistake, or None."""
-    from nha_megatron.config import ConfigError
+    """Program of the rank pool: the whole job. Returns the message it ended with, or None when it is complete."""
     from nha_megatron.training.run import pretrain
 
     try:
         pretrain(parse_config(plain))
-    except ConfigError as error:
+    except (ConfigError, TrainingError) as error:
         return str(error)
     return None
 
