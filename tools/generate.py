@@ -24,8 +24,8 @@ def main() -> int:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     torch.manual_seed(arguments.seed)
-    tokenizer = AutoTokenizer.from_pretrained(arguments.directory)
     # The modelling file comes from the directory itself; give only directories that you trust.
+    tokenizer = AutoTokenizer.from_pretrained(arguments.directory, trust_remote_code=True)
     model = AutoModelForCausalLM.from_pretrained(arguments.directory, trust_remote_code=True).eval()
     model.to("cuda" if torch.cuda.is_available() else "cpu")
     prompt = tokenizer(arguments.prompt, return_tensors="pt").input_ids.to(model.device)
