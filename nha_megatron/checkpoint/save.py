@@ -13,6 +13,7 @@ A crash at any point leaves either the checkpoint before, or this one, complete.
 from __future__ import annotations
 
 import queue
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from torch.distributed.checkpoint import CheckpointException
 
-from nha_megatron.checkpoint.collective import on_rank_zero
+from nha_megatron.checkpoint.collective import from_rank_zero, on_rank_zero
 from nha_megatron.checkpoint.files import CheckpointError, make_partial, partial_directory, publish, retain, step_directory, write_latest
 from nha_megatron.checkpoint.manifest import Manifest, describe_files, versions, write_manifest
 from nha_megatron.checkpoint.state import Progress, rng_for_saving
@@ -43,8 +44,11 @@ def save_checkpoint(root: Path, engine: Engine, progress: Progress, config: dict
     _report_writes_in_this_process()
     try:
         dist_checkpointing.save(state, str(partial))
-    except (CheckpointException, CheckpointingException, OSError, RuntimeError) as error:
-        raise CheckpointError(f"checkpoint {final} could not be written: {error}") from error
+    except CheckpointException as error:  # of torch; raised on every rank, with the failures known to rank 0
+        failures = from_rank_zero([f"rank {rank}: {_reason(failure)}" for rank, (failure, _) in error.failures.items()])
+        raise CheckpointError(_not_written(final, "; ".join(failures))) from error
+    except (CheckpointingException, OSError, RuntimeError) as error:  # of Megatron, of the disk, of torch's file writer
+        raise CheckpointError(_not_written(final, str(error))) from error
     files = describe_files(partial, dist.group.WORLD)
     manifest = Manifest(
         step=progress.step, tokens=progress.tokens, world_size=dist.get_world_size(), config=config, versions=versions(), files=files
@@ -58,6 +62,17 @@ def save_checkpoint(root: Path, engine: Engine, progress: Progress, config: dict
 
     on_rank_zero(f"checkpoint {final} could not be published", finish)
     return final
+
+
+def _not_written(final: Path, reason: str) -> str:
+    # torch's writer hides a full disk behind an internal message, so the free space is told with it.
+    free = shutil.disk_usage(final.parent).free / 2**30
+    return f"checkpoint {final} could not be written ({free:.1f} GiB free there): {reason}. The checkpoints before are untouched"
+
+
+def _reason(failure: BaseException) -> str:
+    # Megatron's writer wraps what its worker raised.
+    return " ".join(str(failure.__cause__ or failure).split())
 
 
 def _report_writes_in_this_process() -> None:
