@@ -99,6 +99,8 @@ def write_safetensors(directory: Path, weights: Mapping[str, Tensor], dtype: tor
     total = sum(tensor.numel() for tensor in weights.values())
     index = {"metadata": {"total_parameters": total, "total_size": total * dtype.itemsize}, "weight_map": weight_map}
     (directory / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    for file in set(weight_map.values()):
+        shutil.copymode(directory / INDEX, directory / file)  # safetensors makes files that only their owner can read
 
 
 def split_into_shards(sizes: Mapping[str, int], max_bytes: int) -> list[list[str]]:
