@@ -10,7 +10,7 @@ The backward sends the same two messages in reverse. Every rank runs both, in th
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -19,10 +19,10 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from nha_kernels import Memory, clamp_log_gates, nha_attention, slot_summary
+from nha_kernels import Memory, attention_statistics, clamp_log_gates, nha_attention, slot_summary
 from nha_kernels.conventions import EmptySlots, accumulation_dtype
 
-from .context_parallel_plan import ContextParallelPlan, plan_context_parallel
+from .context_parallel_plan import ContextParallelPlan, documents_of_rows, plan_context_parallel
 from .context_parallel_slots import compose_slots, piece_gradient
 
 
@@ -47,8 +47,9 @@ def context_parallel_attention(
         q, k, v, g: this rank's shard [B, L, ...], as `nha_attention` takes them; L is the same on every rank.
         window: W >= 0 or None; with more than one rank None is refused.
         group: the context-parallel ranks in token order.
-        cu_seqlens: document boundaries over all R L tokens, the same on every rank; needs B = 1. On the host, because they decide what
-            is sent: integers or a CPU tensor.
+        cu_seqlens: document boundaries over the B rows of R L tokens laid end to end, the same on every rank; row edges are boundaries.
+            Integers or a CPU tensor: they decide what is sent, and the host must not wait for a device. Rows with documents are exchanged
+            one after another, each with its own plan.
         rope, rope_attention_factor, scale, empty_slots, backend: as `nha_attention`.
 
     Returns:
@@ -57,10 +58,6 @@ def context_parallel_attention(
     Raises:
         ConfigError: what the plan refuses. ValueError: what `nha_attention` refuses, or cu_seqlens on an accelerator.
     """
-    if isinstance(cu_seqlens, Tensor):
-        if cu_seqlens.device.type != "cpu":
-            raise ValueError(f"cu_seqlens on {cu_seqlens.device}: the exchange is planned on the host, pass integers or a CPU tensor")
-        cu_seqlens = cu_seqlens.tolist()
     options: dict[str, Any] = {
         "window": window,
         "rope": rope,
@@ -69,18 +66,55 @@ def context_parallel_attention(
         "empty_slots": empty_slots,
         "backend": backend,
     }
-    if group.size() == 1:
-        local = None if cu_seqlens is None else _document_tensor(tuple(cu_seqlens), q.device)
-        return nha_attention(q, k, v, g, cu_seqlens=local, **options)
-    plan = plan_context_parallel(
-        tokens_per_rank=q.shape[1], num_ranks=group.size(), rank=group.rank(), window=window, cu_seqlens=cu_seqlens
-    )
-    if cu_seqlens is not None and q.shape[0] != 1:
-        raise ValueError(f"cu_seqlens needs B = 1 (documents one after another on the token axis), given B = {q.shape[0]}")
-    q, memory = fetch_memory(q, k, v, g, plan=plan, group=group)
-    one_document = plan.cu_seqlens is None or len(plan.cu_seqlens) == 2
-    local = None if one_document else _document_tensor(plan.cu_seqlens, q.device)
-    return nha_attention(q, k, v, g, cu_seqlens=local, memory=memory, **options)
+    outputs = [
+        nha_attention(*tensors, cu_seqlens=documents, memory=memory, **options)
+        for tensors, documents, memory in _rows_to_continue(q, k, v, g, window, group, cu_seqlens)
+    ]
+    return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+
+
+@torch.no_grad()
+def context_parallel_statistics(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    *,
+    window: int | None,
+    group: dist.ProcessGroup,
+    cu_seqlens: Sequence[int] | Tensor | None = None,
+    **options: Any,
+) -> dict[str, Tensor]:
+    """`attention_statistics` of this rank's shard, arguments as `context_parallel_attention`. All ranks must call it."""
+    of_rows = [
+        attention_statistics(*tensors, window=window, cu_seqlens=documents, memory=memory, **options)
+        for tensors, documents, memory in _rows_to_continue(q, k, v, g, window, group, cu_seqlens)
+    ]
+    return {name: torch.stack([of_row[name] for of_row in of_rows]).mean() for name in of_rows[0]}
+
+
+def _rows_to_continue(
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor, window: int | None, group: dist.ProcessGroup, cu_seqlens: Sequence[int] | Tensor | None
+) -> Iterator[tuple[tuple[Tensor, Tensor, Tensor, Tensor], Tensor | None, Memory | None]]:
+    """(q, k, v, g), documents and memory to call the operator with: the whole batch at once, or row by row where rows have documents."""
+    size, tokens = group.size(), q.shape[1]
+    batches: list[slice] = [slice(None)]
+    documents: Sequence[tuple[int, ...] | None] = [None]
+    if cu_seqlens is not None:
+        if isinstance(cu_seqlens, Tensor) and cu_seqlens.device.type != "cpu":
+            raise ValueError(f"cu_seqlens on {cu_seqlens.device}: the exchange is planned on the host, pass integers or a CPU tensor")
+        boundaries = cu_seqlens.tolist() if isinstance(cu_seqlens, Tensor) else cu_seqlens
+        documents = documents_of_rows(tuple(boundaries), q.shape[0], size * tokens)
+        batches = [slice(row, row + 1) for row in range(q.shape[0])]
+    for batch, row_documents in zip(batches, documents, strict=True):
+        row_q, row_k, row_v, row_g = q[batch], k[batch], v[batch], g[batch]
+        memory, local = None, row_documents
+        if size > 1:
+            plan = plan_context_parallel(tokens_per_rank=tokens, num_ranks=size, rank=group.rank(), window=window, cu_seqlens=row_documents)
+            row_q, memory = fetch_memory(row_q, row_k, row_v, row_g, plan=plan, group=group)
+            local = plan.cu_seqlens
+        # One document is the ordinary call, which is faster.
+        yield (row_q, row_k, row_v, row_g), None if local is None or len(local) == 2 else _document_tensor(local, q.device), memory
 
 
 def fetch_memory(

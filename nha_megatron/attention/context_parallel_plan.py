@@ -141,6 +141,17 @@ def plan_context_parallel(
     return _plan(tokens_per_rank, num_ranks, rank, window, None if cu_seqlens is None else tuple(cu_seqlens))
 
 
+@lru_cache(maxsize=64)
+def documents_of_rows(cu_seqlens: tuple[int, ...], rows: int, tokens_per_row: int) -> tuple[tuple[int, ...], ...]:
+    """Cumulative document lengths of each row, 0 .. tokens_per_row, from boundaries over the rows laid end to end.
+
+    A row's edges are always boundaries. Raises ConfigError for boundaries that do not describe rows * tokens_per_row tokens.
+    """
+    starts = _document_starts(cu_seqlens, rows * tokens_per_row)
+    edges = ((row * tokens_per_row, (row + 1) * tokens_per_row) for row in range(rows))
+    return tuple((0, *(start - first for start in starts if first < start < last), tokens_per_row) for first, last in edges)
+
+
 @lru_cache(maxsize=256)  # layers with the same window share the plan
 def _plan(tokens_per_rank: int, num_ranks: int, rank: int, window: int, cu_seqlens: tuple[int, ...] | None) -> ContextParallelPlan:
     boundaries = (0,) if cu_seqlens is None else _document_starts(cu_seqlens, tokens_per_rank * num_ranks)

@@ -93,9 +93,14 @@ class Case:
 Results = dict[str, Tensor]  # out, dq, dk, dv, dg over all tokens
 
 
-def on_one_rank(case: Case, backend: str = "reference", dtype: torch.dtype | None = None) -> Results:
-    """The single-device operator on the concatenated sequence; `dtype` computes on the same (rounded) inputs in another precision."""
+def on_one_rank(case: Case, backend: str = "reference", dtype: torch.dtype | None = None, row: int | None = None) -> Results:
+    """The single-device operator on the concatenated sequence.
+
+    `dtype` computes on the same (rounded) inputs in another precision, `row` takes one row of the batch alone.
+    """
     inputs, d_out = case.sequence()
+    if row is not None:
+        inputs, d_out = [x[row : row + 1] for x in inputs], d_out[row : row + 1]
     if dtype is not None:
         inputs, d_out = [x.to(dtype) for x in inputs], d_out.to(dtype)
     inputs = [x.requires_grad_() for x in inputs]

@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from nha_megatron.attention.context_parallel_exchange import context_parallel_attention, fetch_memory
+from nha_megatron.attention.context_parallel_exchange import context_parallel_attention, context_parallel_statistics, fetch_memory
 from nha_megatron.attention.context_parallel_plan import plan_context_parallel
 from nha_megatron.config import ConfigError, ModelConfig
 from nha_megatron.config.arithmetic import context_parallel_bytes
@@ -111,10 +111,40 @@ DOCUMENTS = {
 @pytest.mark.parametrize("documents", DOCUMENTS)
 def test_packed_documents(ranks: RankPool, documents: str) -> None:
     cu_seqlens = DOCUMENTS[documents]
-    cases = [Case(4, 4 * SHARD, window, cu_seqlens=cu_seqlens, empty_slots="weight") for window in (0, 1, 3, SHARD, SHARD + 1, 3 * SHARD)]
+    windows = (0, 1, 3, SHARD, SHARD + 1, 3 * SHARD)
+    # `weight` reads the slots' log-decay, `mask` the length of the document before the shard.
+    cases = [Case(4, 4 * SHARD, w, cu_seqlens=cu_seqlens, empty_slots=convention) for w in windows for convention in ("weight", "mask")]
     for case, given in zip(cases, across_ranks(ranks, cases), strict=True):
         closed = (*cu_seqlens, case.tokens) if cu_seqlens[-1] < case.tokens else cu_seqlens  # the tail is a document of its own
         assert_close(given, on_one_rank(dataclasses.replace(case, cu_seqlens=closed)), FLOAT64, case)
+
+
+@pytest.mark.parametrize("num_ranks", [1, 3])
+def test_rows_of_a_batch_have_documents_of_their_own(ranks: RankPool, num_ranks: int) -> None:
+    """Boundaries over both rows laid end to end; no boundary is given at the edge between them, yet nothing crosses it."""
+    tokens = num_ranks * SHARD
+    case = Case(num_ranks, tokens, 3, batch=2, cu_seqlens=(0, 2, tokens - 1, tokens + 3, 2 * tokens))
+    (given,) = across_ranks(ranks, [case])
+    for row, cu_seqlens in enumerate([(0, 2, tokens - 1, tokens), (0, 3, tokens)]):
+        wanted = on_one_rank(dataclasses.replace(case, cu_seqlens=cu_seqlens), row=row)
+        assert_close({name: value[row : row + 1] for name, value in given.items()}, wanted, FLOAT64, case)
+
+
+def statistics_of_this_rank(case: Case) -> dict[str, torch.Tensor]:
+    group = dist.group.WORLD
+    assert group is not None
+    tensors = (x.chunk(group.size(), dim=1)[group.rank()] for x in case.sequence()[0])
+    return context_parallel_statistics(*tensors, group=group, cu_seqlens=case.cu_seqlens, **case.options)
+
+
+@pytest.mark.parametrize("cu_seqlens", [None, (0, 7, 15)])
+def test_statistics_are_those_of_one_rank(ranks: RankPool, cu_seqlens: tuple[int, ...] | None) -> None:
+    case = Case(3, 3 * SHARD, 3, cu_seqlens=cu_seqlens)
+    given = ranks.run(3, statistics_of_this_rank, case=case)
+    (wanted,) = ranks.run(1, statistics_of_this_rank, case=case)
+    for name, value in wanted.items():
+        # Means of 15 numbers and of 3 means of 5.
+        torch.testing.assert_close(sum(of_rank[name] for of_rank in given) / 3, value, rtol=1e-13, atol=0)
 
 
 @pytest.mark.parametrize("window", [0, 3, SHARD, 2 * SHARD + 1])
@@ -208,7 +238,7 @@ def test_the_halo_arrives_bit_for_bit_gates_in_float32(ranks: RankPool, window: 
 def attend_on_this_rank(**options: Any) -> str:
     group = dist.group.WORLD
     assert group is not None
-    q, k, v, g = Case(1, SHARD, 3, batch=options.pop("batch", 1)).sequence()[0]
+    q, k, v, g = Case(1, SHARD, 3).sequence()[0]
     try:
         context_parallel_attention(q, k, v, g, group=group, **options)
     except ValueError as error:
@@ -221,8 +251,6 @@ def test_refusals_are_raised_by_every_rank_before_anything_is_sent(ranks: RankPo
         assert message.startswith(ConfigError.__name__) and "window=full" in message and "parallel.context=1" in message
     for message in ranks.run(2, attend_on_this_rank, window=3, cu_seqlens=(0, 4, 11)):
         assert message.startswith(ConfigError.__name__) and "do not cut 10 tokens" in message
-    for message in ranks.run(2, attend_on_this_rank, window=3, cu_seqlens=(0, 4, 10), batch=2):
-        assert "needs B = 1" in message
 
 
 def test_one_rank_is_the_operator_alone(ranks: RankPool) -> None:
