@@ -26,7 +26,8 @@ def test_a_full_disk(ranks: RankPool, folder: Path) -> None:
     messages = ranks.run(2, pretrain_with_a_full_disk, plain=plain, limit=30_000)
     for message in messages:
         assert message is not None and "step_6 could not be written" in message and "rank 1: " in message, message
-        assert "File too large" in message or "inline_container" in message, message  # the system's words, or torch's for the same
+        # The system's words, torch's for a short write, or (megatron-core 0.19) the class alone.
+        assert any(words in message for words in ("File too large", "inline_container", "OSError")), message
     assert verify(folder / "run" / "checkpoints" / "step_4").step == 4
     assert (folder / "run" / "checkpoints" / "latest").read_text() == "step_4\n"
     assert not (folder / "run" / "checkpoints" / "step_6").exists()
