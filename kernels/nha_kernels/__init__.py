@@ -1,8 +1,20 @@
 """Native Hybrid Attention as one operator. Knows nothing of Megatron or of process groups."""
 
+import importlib.util
+
 from .conventions import LOG_GATE_MIN, clamp_log_gates
 from .memory import Memory
-from .operator import attention_statistics, nha_attention
+from .operator import Implementation, attention_statistics, nha_attention, register_backend
 from .slot_summary import slot_summary
 
-__all__ = ["LOG_GATE_MIN", "Memory", "attention_statistics", "clamp_log_gates", "nha_attention", "slot_summary"]
+__all__ = ["LOG_GATE_MIN", "Memory", "attention_statistics", "clamp_log_gates", "nha_attention", "register_backend", "slot_summary"]
+
+
+def _load_triton() -> Implementation:
+    from .triton.attention import triton_attention
+
+    return triton_attention
+
+
+if importlib.util.find_spec("triton") is not None:  # comes with the CUDA builds of torch
+    register_backend("triton", _load_triton)

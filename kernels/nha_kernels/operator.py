@@ -1,6 +1,7 @@
 """The public operator: checks its arguments once, then hands them to a backend."""
 
 import itertools
+from collections.abc import Callable
 from typing import Any, Literal, Protocol, overload
 
 import torch
@@ -14,7 +15,9 @@ from .reference import reference_attention
 Backend = Literal["auto", "reference", "torch"]
 
 
-class _Implementation(Protocol):
+class Implementation(Protocol):
+    """What a backend provides: `nha_attention` with checked arguments, clamped gates, at least one token, and always the memory."""
+
     def __call__(
         self,
         q: Tensor,
@@ -32,7 +35,7 @@ class _Implementation(Protocol):
     ) -> tuple[Tensor, Memory]: ...
 
 
-_BACKENDS: dict[str, _Implementation] = {"reference": reference_attention, "torch": chunked_attention}
+_BACKENDS: dict[str, Callable[[], Implementation]] = {"reference": lambda: reference_attention, "torch": lambda: chunked_attention}
 
 
 @overload
@@ -177,12 +180,20 @@ def attention_statistics(
     return {"slot_share": slot_share(slots, tokens).mean(), "mean_decay": 1 - strength, "write_strength": strength}
 
 
-def _implementation(backend: str) -> _Implementation:
-    if backend == "auto":
-        return _BACKENDS["torch"]
-    if backend not in _BACKENDS:
+def register_backend(name: str, load: Callable[[], Implementation]) -> None:
+    """Offer a further implementation. `load` returns it and is called when the backend is used, so its imports can wait.
+
+    Backends register themselves from `nha_kernels/__init__.py`: this module and what it imports must stay plain PyTorch, because
+    exported Hugging Face models carry its source.
+    """
+    _BACKENDS[name] = load
+
+
+def _implementation(backend: str) -> Implementation:
+    name = "torch" if backend == "auto" else backend
+    if name not in _BACKENDS:
         raise ValueError(f"backend={backend!r}: allowed are 'auto', {', '.join(map(repr, _BACKENDS))}")
-    return _BACKENDS[backend]
+    return _BACKENDS[name]()
 
 
 def _empty_memory_like(q: Tensor, k: Tensor, v: Tensor, g: Tensor, window: int | None) -> Memory:
@@ -249,6 +260,3 @@ class _KeepInGraph(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor]:
         return gradients[0], torch.zeros(ctx.shape, **ctx.options)
-
-
-__all__ = ["attention_statistics", "nha_attention"]
