@@ -1,4 +1,4 @@
-"""Command line: `python -m nha_megatron check|pretrain CONFIG.yaml [key=value ...]`."""
+"""Command line: `python -m nha_megatron check|pretrain|health CONFIG.yaml [key=value ...]`."""
 
 import argparse
 import os
@@ -9,14 +9,12 @@ from collections.abc import Sequence
 from nha_megatron.config import ConfigError, load_config
 from nha_megatron.config.inputs import require_inputs
 from nha_megatron.config.report import check_report
+from nha_megatron.exit_status import COMPLETE, FAILED, STOPPED, USER_ERROR, pass_on
 from nha_megatron.known_warnings import silence_known_warnings
-
-TRAINING_FAILED = 1
-USER_ERROR = 2
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit status: 0, or after one message 2 (a user's mistake) or 1 (the numbers of the run failed)."""
+    """Run one command; returns the exit status (`nha_megatron.exit_status`)."""
     arguments = _parse(argv)
     try:
         status: int = arguments.command(arguments)
@@ -27,7 +25,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _check(arguments: argparse.Namespace) -> int:
-    print(check_report(load_config(arguments.config, arguments.overrides), arguments.world_size))
+    config = load_config(arguments.config, arguments.overrides)
+    report = check_report(config, arguments.world_size)
+    if arguments.inputs:
+        require_inputs(config)
+    print(report)
     return 0
 
 
@@ -41,11 +43,20 @@ def _pretrain(arguments: argparse.Namespace) -> int:
     from nha_megatron.training.run import pretrain
 
     try:
-        pretrain(config)
+        stopped_by = pretrain(config)
     except TrainingError as error:
         _report(error)
-        return TRAINING_FAILED
-    return 0
+        return FAILED
+    return pass_on(STOPPED if stopped_by else COMPLETE)
+
+
+def _health(arguments: argparse.Namespace) -> int:
+    config = load_config(arguments.config, arguments.overrides)
+    config.check_world(int(os.environ.get("WORLD_SIZE", "1")))
+    silence_known_warnings()
+    from nha_megatron.launch.health import check_health
+
+    return pass_on(COMPLETE if check_health(config) else FAILED)
 
 
 def _report(error: Exception) -> None:
@@ -62,11 +73,14 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     check = commands.add_parser("check", help="validate a configuration and print what it amounts to; starts nothing")
     check.add_argument("--world-size", type=int, metavar="N", help="ranks of the run (default: the fewest that fit)")
+    check.add_argument("--inputs", action="store_true", help="refuse when a file that the run reads is missing")
     check.set_defaults(command=_check)
     pretrain = commands.add_parser("pretrain", help="train; run it under torchrun or another launcher for several ranks")
     pretrain.add_argument("--local_rank", help=argparse.SUPPRESS)  # DeepSpeed's launcher appends it; LOCAL_RANK says the same
     pretrain.set_defaults(command=_pretrain)
-    for command in (check, pretrain):
+    health = commands.add_parser("health", help="test devices, network, disk and clocks of all nodes; run it under the same launcher")
+    health.set_defaults(command=_health)
+    for command in (check, pretrain, health):
         command.add_argument("config", metavar="CONFIG.yaml", help="run configuration")
         command.add_argument(
             "overrides", nargs="*", metavar="section.key=value", help="replaces a value of the file, e.g. training.steps=100"

@@ -36,6 +36,9 @@ class TrainingConfig(Section):
     """auto: CUDA where there is one."""
     seed: NonNegative = 0
     """Seed of the initial weights."""
+    stall_seconds: Positive = 600
+    """Longest time that one phase of a step (data, update, validation, checkpoint) may take: a run that stands still longer ends, and
+    the rank that it waits for is named."""
     validate_every: Positive | None = None
     """Steps between validations; null: never."""
     validate_batches: Positive = 8

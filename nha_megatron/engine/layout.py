@@ -6,9 +6,11 @@ This is the only module that writes or reads Megatron's global `parallel_state`.
 
 from __future__ import annotations
 
+import math
 import os
 import random
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -63,8 +65,10 @@ def create_layout(config: RunConfig, device: torch.device) -> Layout:
     cpu_remedies.enter(device)
     if device.type == "cuda":
         torch.cuda.set_device(device)
+    # Longer than the stall watch of training waits: it names the missing rank, a timeout of a collective names the waiting one.
+    timeout = timedelta(seconds=1.5 * config.training.stall_seconds + 60)
     if not dist.is_initialized():
-        _init_process_group(device)
+        _init_process_group(device, timeout)
     world_size = dist.get_world_size()
     config.check_world(world_size)
 
@@ -77,6 +81,7 @@ def create_layout(config: RunConfig, device: torch.device) -> Layout:
         pipeline_model_parallel_size=parallel.pipeline,
         virtual_pipeline_model_parallel_size=virtual_stages if virtual_stages > 1 else None,
         context_parallel_size=parallel.context,
+        distributed_timeout_minutes=math.ceil(timeout.total_seconds() / 60),
     )
     groups = ProcessGroupCollection.use_mpu_process_groups()
     layout = Layout(
@@ -98,10 +103,10 @@ def create_layout(config: RunConfig, device: torch.device) -> Layout:
     return layout
 
 
-def _init_process_group(device: torch.device) -> None:
+def _init_process_group(device: torch.device, timeout: timedelta) -> None:
     backend = backend_for(device)
     if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
-        dist.init_process_group(backend, device_id=device if backend == "nccl" else None)
+        dist.init_process_group(backend, timeout=timeout, device_id=device if backend == "nccl" else None)
     else:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from nha_megatron.checkpoint import Progress
-from nha_megatron.config import RunConfig
+from nha_megatron.config import ConfigError, RunConfig
 from nha_megatron.data import BatchReader
 from nha_megatron.engine.base import Engine
 from nha_megatron.engine.layout import Layout
@@ -20,6 +20,7 @@ from nha_megatron.training.hardware import memory_in_use
 from nha_megatron.training.metrics import MetricsLog
 from nha_megatron.training.schedule import learning_rate
 from nha_megatron.training.signals import StopRequest
+from nha_megatron.training.stall import StallWatch
 from nha_megatron.training.throughput import Throughput
 
 
@@ -44,6 +45,7 @@ def train(
     progress: Progress,
     reporter: Reporter | None,
     save: Callable[[], None],
+    watch: StallWatch,
 ) -> signal.Signals | None:
     """Trains from `progress`, which it advances, to `training.steps`; saves on the way and at the end.
 
@@ -61,7 +63,10 @@ def train(
             measure_layers = _due(step, config.logging.layer_statistics, total)
             if measure_layers:
                 layer_statistics.request(engine.model_chunks)
-            result = engine.train_step(training.micro_batches(step - 1), lr)
+            watch.enter(step, "data")
+            batches = training.micro_batches(step - 1)
+            watch.enter(step, "update")
+            result = engine.train_step(batches, lr)
             require_finite(step, result.loss, result.grad_norm)
             seconds = time.perf_counter() - started
 
@@ -79,6 +84,7 @@ def train(
             if measure_layers:
                 record |= layer_statistics.collect(engine.model_chunks, config.model.num_layers, layout.device)
             if validation is not None and _due(step, config.training.validate_every, total):
+                watch.enter(step, "validation")
                 record["validation_loss"] = evaluate(engine, validation, config.training.validate_batches)
             if reporter is not None:
                 reporter.log.write(record)
@@ -88,6 +94,7 @@ def train(
 
             stopped_by = stop.agreed(layout.device)
             if stopped_by or _due(step, config.checkpoint.every, total):
+                watch.enter(step, "checkpoint")
                 save()
             if stopped_by:
                 return stopped_by
@@ -101,6 +108,8 @@ def evaluate(engine: Engine, validation: BatchReader, batches: int) -> float:
         batch_loss, batch_tokens = engine.evaluate(validation.micro_batches(index))
         loss_sum += batch_loss
         tokens += batch_tokens
+    if tokens == 0:
+        raise ConfigError(f"the first {batches} validation batches have no token that counts; check data.validation")
     return loss_sum / tokens
 
 

@@ -9,6 +9,8 @@
 
 from __future__ import annotations
 
+import signal
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -23,21 +25,25 @@ from nha_megatron.engine.base import Engine
 from nha_megatron.engine.device import choose_device
 from nha_megatron.engine.layout import Layout, create_layout
 from nha_megatron.engine.megatron import MegatronEngine
+from nha_megatron.hf.import_ import load_hf_weights
 from nha_megatron.training.console import Console
 from nha_megatron.training.loop import Reporter, train
 from nha_megatron.training.metrics import MetricsLog
+from nha_megatron.training.stall import StallWatch
 
 
-def pretrain(config: RunConfig) -> None:
+def pretrain(config: RunConfig) -> signal.Signals | None:
     """Runs the job that `config` describes on this rank; every rank of the job calls it.
 
-    Continues from the newest sound checkpoint of the run when there is one. Returns when the run is complete, or was
-    saved after SIGTERM or SIGINT. Raises `ConfigError` for a user's mistake and `TrainingError` when the numbers fail.
+    Continues from the newest sound checkpoint of the run when there is one. Returns None when the run is complete, or the
+    signal (see training/signals.py) on which it was saved and stopped before its end. Raises `ConfigError` for a user's
+    mistake and `TrainingError` when the numbers fail.
     """
     joined_here = not dist.is_initialized()
     layout = create_layout(config, choose_device(config.training.device))
     say = print if layout.rank == 0 else _ignore
     readers = open_data(config, layout)
+    stopped_by = None
     try:
         engine = MegatronEngine(config, layout.device, layout)
         say(f"{layout.describe()} on {layout.device.type}, {config.model.num_parameters():,} parameters")
@@ -45,13 +51,14 @@ def pretrain(config: RunConfig) -> None:
         if progress.step >= config.training.steps:
             say(f"the run is complete: step {progress.step} of {config.training.steps}. Raise training.steps to train further")
         else:
-            run(config, engine, layout, readers, progress, say)
+            stopped_by = run(config, engine, layout, readers, progress, say)
     finally:
         for reader in readers:
             if reader is not None:
                 reader.close()
     if joined_here:
         leave()
+    return stopped_by
 
 
 def open_data(config: RunConfig, layout: Layout) -> tuple[BatchReader, BatchReader | None]:
@@ -86,12 +93,9 @@ def start(config: RunConfig, engine: Engine, say: Callable[[str], None]) -> Prog
     return Progress()
 
 
-def load_initial_weights(config: RunConfig, path: Path, engine: Engine) -> None:
-    """Weights only: from a Hugging Face directory of this project, or from a checkpoint, a checkpoints folder or a run's folder."""
+def load_initial_weights(path: Path, config: RunConfig, engine: Engine) -> None:
+    """Weights only, from a checkpoint of this project or from a directory that it exported to Hugging Face format."""
     if (path / "config.json").is_file():
-        # Imported here: transformers takes seconds, and only this needs it.
-        from nha_megatron.hf.import_ import load_hf_weights
-
         engine.load_weights(load_hf_weights(path, config.model))
     else:
         load_weights(resolve(path), engine)
@@ -104,7 +108,8 @@ def run(
     readers: tuple[BatchReader, BatchReader | None],
     progress: Progress,
     say: Callable[[str], None],
-) -> None:
+) -> signal.Signals | None:
+    """Trains from `progress` to the end, or until a signal that stops the run, which is returned."""
     directory = Path(config.logging.directory)
     on_rank_zero(f"logging.directory {directory} cannot be used", lambda: save_resolved(config, directory / "config.yaml"))
     resolved = config.model_dump(mode="json")
@@ -114,13 +119,16 @@ def run(
         say = reporter.console.event
 
     def save() -> None:
+        started = time.perf_counter()
         path = save_checkpoint(config.checkpoint_directory, engine, progress, resolved, config.checkpoint.keep)
-        say(f"step {progress.step}: saved {path}")
+        say(f"step {progress.step}: saved {path} in {time.perf_counter() - started:.1f} s")
 
     try:
-        stopped_by = train(config, engine, layout, *readers, progress, reporter, save)
+        with StallWatch(layout.rank, layout.world_size, config.training.stall_seconds) as watch:
+            stopped_by = train(config, engine, layout, *readers, progress, reporter, save, watch)
         if stopped_by:
             say(f"stopped by {stopped_by.name} after step {progress.step}, which is saved: start again to continue")
+        return stopped_by
     finally:
         if reporter is not None:
             reporter.close()

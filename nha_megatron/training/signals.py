@@ -1,4 +1,4 @@
-"""SIGTERM and SIGINT as a request: finish the step, save, leave."""
+"""SIGTERM, SIGINT and SIGUSR1 as a request: finish the step, save, leave."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ class StopRequest:
     """Remembers that a signal arrived, and lets all ranks agree on the step to stop at.
 
     A launcher signals its processes one after the other, so ranks hear of it in different steps; a rank that left alone
-    would leave the others in a collective for ever. A second signal of the same kind acts as it always does.
+    would leave the others in a collective for ever. A second SIGTERM or SIGINT acts as it always does. SIGUSR1, a scheduler's
+    warning, stays a request however often it comes: launch/slurm repeats it, because a process that is still starting misses it.
 
         with StopRequest() as stop:
             while ...:
@@ -25,7 +26,7 @@ class StopRequest:
         self._previous: dict[int, object] = {}
 
     def __enter__(self) -> StopRequest:
-        for number in (signal.SIGTERM, signal.SIGINT):
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
             self._previous[number] = signal.signal(number, self._remember)
         return self
 
@@ -35,7 +36,8 @@ class StopRequest:
 
     def _remember(self, number: int, frame: FrameType | None) -> None:
         self._received = number
-        signal.signal(number, self._previous[number])  # type: ignore[arg-type]
+        if number != signal.SIGUSR1:
+            signal.signal(number, self._previous[number])  # type: ignore[arg-type]
 
     def agreed(self, device: torch.device) -> signal.Signals | None:
         """The signal that any rank has received, the same answer on every rank. Collective: call it once a step everywhere."""
