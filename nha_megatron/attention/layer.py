@@ -24,8 +24,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from nha_kernels import attention_statistics, nha_attention
-from nha_megatron.attention.context_parallel_exchange import context_parallel_attention, fetch_memory
-from nha_megatron.attention.context_parallel_plan import plan_context_parallel
+from nha_megatron.attention.context_parallel_exchange import context_parallel_attention, context_parallel_statistics
 from nha_megatron.attention.documents import Documents
 from nha_megatron.attention.norms import HeadRMSNorm, HeadsRMSNorm
 
@@ -152,8 +151,6 @@ class NativeHybridAttention(MegatronModule):
     ) -> tuple[Tensor, None]:
         """[s, b, h] -> ([s, b, h], None), both s / tp under sequence parallelism. Causal; `attention_mask` is not read."""
         assert inference_context is None, "generation runs in the exported Hugging Face model, not through Megatron's inference"
-        cu_seqlens = packed_seq_params.cu_seqlens if packed_seq_params is not None else None
-
         qkv, _ = self.linear_qkv(hidden_states)
         z, _ = self.linear_gate(hidden_states)
         q, k, v = self._split_heads(qkv)
@@ -165,19 +162,18 @@ class NativeHybridAttention(MegatronModule):
         g = g.unflatten(-1, (self.num_kv_heads_per_rank, self.num_slots))
 
         s, b = q.shape[:2]
-        # The operator wants [batch, tokens, ...]; documents lie in one row of b * s tokens.
-        q, k, v, g = (x.transpose(0, 1) for x in (q, k, v, g))
-        if cu_seqlens is not None:
-            q, k, v, g = (x.reshape(1, b * s, *x.shape[2:]) for x in (q, k, v, g))
+        q, k, v, g = (x.transpose(0, 1) for x in (q, k, v, g))  # the operator wants [batch, tokens, ...]
         if self.record_statistics:
             self.record_statistics = False
-            self.statistics = self._measure(q, k, v, g, cu_seqlens)
+            self.statistics = self._measure(q, k, v, g, packed_seq_params)
         if self.recompute and torch.is_grad_enabled():
             # The operator draws no random numbers, so no generator state is kept. The exchange runs again in the backward, on all
             # ranks in the same order.
-            out = torch.utils.checkpoint.checkpoint(self._operator, q, k, v, g, cu_seqlens, use_reentrant=False, preserve_rng_state=False)
+            out = torch.utils.checkpoint.checkpoint(
+                self._operator, q, k, v, g, packed_seq_params, use_reentrant=False, preserve_rng_state=False
+            )
         else:
-            out = self._operator(q, k, v, g, cu_seqlens)
+            out = self._operator(q, k, v, g, packed_seq_params)
         out = out.reshape(b, s, -1).transpose(0, 1)
         if self.output_norm is not None:
             out = self.output_norm(F.silu(out))
@@ -188,29 +184,27 @@ class NativeHybridAttention(MegatronModule):
         q, k, v = grouped.split([self.queries_per_group, 1, 1], dim=-2)
         return q.flatten(-3, -2), k.squeeze(-2), v.squeeze(-2)
 
-    def _operator_options(self, device: torch.device) -> dict[str, Any]:
-        if self._rope.device != device:
-            self._rope = self._rope.to(device)
-        return {
+    def _operator(self, q: Tensor, k: Tensor, v: Tensor, g: Tensor, documents: Documents | None) -> Tensor:
+        return self._call(nha_attention, context_parallel_attention, q, k, v, g, documents)
+
+    @torch.no_grad()
+    def _measure(self, q: Tensor, k: Tensor, v: Tensor, g: Tensor, documents: Documents | None) -> dict[str, Tensor]:
+        return self._call(attention_statistics, context_parallel_statistics, q, k, v, g, documents)
+
+    def _call(self, on_one_rank: Any, over_ranks: Any, q: Tensor, k: Tensor, v: Tensor, g: Tensor, documents: Documents | None) -> Any:
+        """One of two functions that compute the same: on whole rows, or on the shards of the context-parallel ranks."""
+        if self._rope.device != q.device:
+            self._rope = self._rope.to(q.device)
+        options: dict[str, Any] = {
             "window": self.window,
             "rope": self._rope,
             "rope_attention_factor": self._rope_attention_factor,
             "empty_slots": self.empty_slots,
         }
-
-    def _operator(self, q: Tensor, k: Tensor, v: Tensor, g: Tensor, cu_seqlens: Tensor | None) -> Tensor:
-        options = self._operator_options(q.device)
-        if self.cp_group.size() == 1:
-            return nha_attention(q, k, v, g, cu_seqlens=cu_seqlens, **options)
-        return context_parallel_attention(q, k, v, g, group=self.cp_group, cu_seqlens=cu_seqlens, **options)
-
-    @torch.no_grad()
-    def _measure(self, q: Tensor, k: Tensor, v: Tensor, g: Tensor, cu_seqlens: Tensor | None) -> dict[str, Tensor]:
-        memory = None
         if self.cp_group.size() > 1:
-            assert cu_seqlens is None, "configurations with documents under context parallelism are refused"
-            plan = plan_context_parallel(
-                tokens_per_rank=q.shape[1], num_ranks=self.cp_group.size(), rank=self.cp_group.rank(), window=self.window
-            )
-            q, memory = fetch_memory(q, k, v, g, plan=plan, group=self.cp_group)
-        return attention_statistics(q, k, v, g, cu_seqlens=cu_seqlens, memory=memory, **self._operator_options(q.device))
+            boundaries = None if documents is None else documents.boundaries
+            return over_ranks(q, k, v, g, group=self.cp_group, cu_seqlens=boundaries, **options)
+        if documents is None:
+            return on_one_rank(q, k, v, g, **options)
+        rows = (x.reshape(1, -1, *x.shape[2:]) for x in (q, k, v, g))  # documents of all rows lie one after another
+        return on_one_rank(*rows, cu_seqlens=documents.cu_seqlens, **options)

@@ -18,9 +18,7 @@ if TYPE_CHECKING:
 def problems(sections: Mapping[str, Any]) -> list[str]:
     """One message for each thing asked for that is not supported, among the valid sections."""
     checks: list[Check] = [
-        _wide_windows_under_context,
         _full_layers_under_context,
-        _documents_under_context,
         _context_communication,
         _best_fit_packing,
         _deepspeed,
@@ -30,31 +28,12 @@ def problems(sections: Mapping[str, Any]) -> list[str]:
     return run_checks(checks, sections)
 
 
-def _wide_windows_under_context(model: "ModelConfig", data: "DataConfig", parallel: "ParallelConfig") -> Iterator[str]:
-    shard = data.sequence_length // parallel.context
-    widest = max((window for window in model.windows if window is not None), default=0)
-    if parallel.context > 1 and widest > shard:
-        yield (
-            f"model.window {widest} is wider than a context shard of {shard} tokens (data.sequence_length {data.sequence_length} / "
-            f"parallel.context {parallel.context}); not supported yet, because the window would reach past the neighbouring rank: "
-            "use a narrower window, a longer sequence or fewer context ranks"
-        )
-
-
 def _full_layers_under_context(model: "ModelConfig", parallel: "ParallelConfig") -> Iterator[str]:
     count = sum(window is None for window in model.windows)
     if parallel.context > 1 and count:
         yield (
             f"model.window has {count} `full` layers and parallel.context is {parallel.context}; not supported yet, because global "
             "attention needs every rank's keys and values: use parallel.context 1 or windows of finite width"
-        )
-
-
-def _documents_under_context(data: "DataConfig", parallel: "ParallelConfig") -> Iterator[str]:
-    if data.packing == "concat" and parallel.context > 1:
-        yield (
-            f"data.packing concat with parallel.context {parallel.context}; not supported yet, because document boundaries would have to "
-            "cut the exchange between ranks: use packing none or parallel.context 1"
         )
 
 

@@ -46,7 +46,6 @@ class MegatronEngine:
         self.config = config
         self.device = device
         self.layout = layout
-        self._attentions: dict[int, nn.Module] = {}
         chunks = build_model(config, device, layout.groups)
         initialize_weights(chunks, config.model, config.training.seed, layout.tp_rank, layout.tp_size)
         self.model_chunks: list[nn.Module] = self._wrap(chunks)
@@ -149,8 +148,9 @@ class MegatronEngine:
         return loss_sum, int(tokens)
 
     def _forward_step(self, iterator: Iterator[Batch], model: nn.Module) -> tuple[Tensor, Any]:
-        batch = next(iterator).to(self.device)
-        documents = Documents(cu_seqlens=batch.cu_seqlens) if batch.cu_seqlens is not None else None
+        batch = next(iterator)
+        documents = Documents.on(self.device, batch.cu_seqlens) if batch.cu_seqlens is not None else None
+        batch = batch.to(self.device)
         # Positions are relative to the window, and our layers read no attention mask.
         output = model(batch.tokens, position_ids=None, attention_mask=None, packed_seq_params=documents)
         loss = partial(

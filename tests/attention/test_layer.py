@@ -90,7 +90,7 @@ def change_first_document() -> tuple[bool, bool, float]:
     hidden = hidden_states(tokens=16)
     changed = hidden.clone()
     changed[8, 0] += 1.0  # the last token of the document [0, 9) of row 0, inside the window of the next one
-    documents = Documents(cu_seqlens=torch.tensor([0, 9, 16, 32], dtype=torch.int32))
+    documents = Documents.on(CPU, torch.tensor([0, 9, 16, 32], dtype=torch.int32))
     with torch.no_grad():
         before, after = (layer(x, packed_seq_params=documents)[0] for x in (hidden, changed))
         alone = layer(hidden[9:, :1])[0]

@@ -6,21 +6,9 @@ from nha_megatron.config import ConfigError
 from tests.config.cases import run
 
 REFUSALS = {
-    "window wider than a shard": (
-        {"model": {"window": 65}, "parallel": {"context": 2}},  # 128 / 2 = 64 tokens a shard
-        ["model.window 65 is wider than a context shard of 64 tokens", "narrower window, a longer sequence or fewer context ranks"],
-    ),
-    "one wide layer of a pattern": (
-        {"model": {"window": "16*3,65"}, "parallel": {"context": 2}},
-        ["model.window 65 is wider than a context shard of 64 tokens"],
-    ),
     "full layers": (
         {"model": {"window": "16*3,full"}, "parallel": {"context": 2}},
         ["model.window has 1 `full` layers and parallel.context is 2", "use parallel.context 1 or windows of finite width"],
-    ),
-    "isolated documents": (
-        {"data": {"packing": "concat"}, "parallel": {"context": 2}},
-        ["data.packing concat with parallel.context 2", "use packing none or parallel.context 1"],
     ),
     "communication of full layers": ({"parallel": {"cp_comm_type": "a2a"}}, ["parallel.cp_comm_type a2a", "use auto"]),
     "best_fit": ({"data": {"packing": "best_fit"}}, ["data.packing best_fit", "use concat"]),
@@ -42,11 +30,11 @@ def test_refused_with_reason_and_alternative(sections, parts):
 
 
 ALLOWED = {
-    "window as wide as a shard": {"model": {"window": 64}, "parallel": {"context": 2}},
+    "window wider than a shard": {"model": {"window": 65}, "parallel": {"context": 2}},
     "slots alone under context parallelism": {"model": {"window": 0}, "parallel": {"context": 4}},
     "full layers on one context rank": {"model": {"window": "16*3,full"}, "parallel": {"tensor": 2, "pipeline": 2}},
     "window beyond the sequence": {"model": {"window": 1000}},
-    "isolated documents on one context rank": {"data": {"packing": "concat"}},
+    "isolated documents over context ranks": {"data": {"packing": "concat"}, "parallel": {"context": 2}},
     "all axes": {"parallel": {"tensor": 2, "sequence": True, "pipeline": 2, "virtual_pipeline": 2, "context": 2}},
 }
 

@@ -48,6 +48,9 @@ VARIANTS: dict[str, tuple[dict[str, dict[str, Any]], dict[str, Any]]] = {
     "tied": ({"model": {"tie_embeddings": True}}, {}),
     "full_layer": ({"model": {"window": "16,full,0,7", "empty_slots": "weight"}}, {}),
     "documents": ({"training": {"micro_batch_size": 2}}, {"documents": True}),
+    # Over a shard of CP 2 (32 tokens), as wide as the sequence, and one token over a shard.
+    "wide_windows": ({"model": {"window": "40,3,64,33"}}, {}),
+    "recomputed": ({"model": {"window": "40,3,0,7"}, "training": {"micro_batch_size": 2, "recompute": "selective"}}, {"documents": True}),
 }
 
 
@@ -117,6 +120,8 @@ def test_layout_trains_like_one_rank(ranks: RankPool, one_rank: Callable[[str], 
         ("cp2", "uneven_masks"),
         ("tp2", "full_layer"),
         ("tp2_sp", "documents"),
+        ("cp2", "documents"),
+        ("cp2", "wide_windows"),
         slow("cp2", "converted"),
         slow("tp2", "tied"),
         slow("pp2_interleaved", "tied"),
@@ -125,6 +130,10 @@ def test_layout_trains_like_one_rank(ranks: RankPool, one_rank: Callable[[str], 
         slow("tp2_pp2_cp2", "converted"),
         slow("tp2_pp2_cp2", "tied"),
         slow("pp2", "documents"),
+        slow("cp4", "wide_windows"),
+        slow("cp4", "recomputed"),
+        slow("tp2_pp2_cp2", "documents"),
+        slow("tp2_interleaved_cp2", "recomputed"),
         slow("pp2_interleaved", "full_layer"),
     ],
 )
