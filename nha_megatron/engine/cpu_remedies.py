@@ -7,7 +7,7 @@ the remedies in place once per process, and only when the device of the run is t
 | remedy  | what it does                                                          | needed by, for example                       |
 |---------|-----------------------------------------------------------------------|----------------------------------------------|
 | cur     | `torch.cuda.current_device()` is the CPU                              | `param_and_grad_buffer.py:806`, 110 more     |
-| sync    | `torch.cuda.synchronize`, `empty_cache` and `current_stream` do nothing | `p2p_communication.py:242`                   |
+| sync    | `torch.cuda.synchronize`, `empty_cache`, `current_stream` do nothing  | `p2p_communication.py:242`                   |
 | literal | `device="cuda"`, `.to("cuda")`, `.cuda()`, `pin_memory=True` mean CPU | `schedules.py:596`, `clip_grads.py:90`       |
 | type    | `Tensor.type()` of a float tensor says `torch.cuda.*`                 | `distrib_optimizer.py:361`                   |
 | rng     | the CUDA generator state is the CPU generator state                   | `tensor_parallel/random.py:55` (recompute)   |

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from nha_megatron.config import RunConfig, parse_config
 from nha_megatron.data import Batch
+from nha_megatron.engine.device import choose_device
 from nha_megatron.engine.layout import Layout, create_layout
 from nha_megatron.engine.megatron import MegatronEngine
 from nha_megatron.model.parameters import full_from_shards
@@ -49,7 +50,8 @@ def tiny_config(**sections: dict[str, Any]) -> RunConfig:
     return parse_config(base)
 
 
-def make_engine(config: RunConfig, device: torch.device = CPU) -> MegatronEngine:
+def make_engine(config: RunConfig) -> MegatronEngine:
+    device = choose_device(config.training.device)
     return MegatronEngine(config, device, create_layout(config, device))
 
 
@@ -124,5 +126,5 @@ def full_tensors(engine: MegatronEngine, named: Iterator[tuple[str, torch.nn.Par
     for name, parameter, tensor in named:
         shards = [torch.empty_like(tensor) for _ in range(groups.tp.size())]
         dist.all_gather(shards, tensor.contiguous(), group=groups.tp)
-        full[name] = full_from_shards(shards, parameter).clone()
+        full[name] = full_from_shards(shards, parameter).clone().cpu()
     return full if groups.tp.rank() == 0 and groups.dp_cp.rank() == 0 else {}

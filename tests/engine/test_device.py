@@ -66,7 +66,7 @@ def use_remedies_twice() -> dict[str, object]:
         "literal": {torch.zeros(1, device="cuda").device.type, x.to("cuda:0").device.type, x.cuda().device.type},
         "pinned": torch.zeros(1, pin_memory=True).is_pinned(),
         "type": (x.type(), x.bfloat16().type(), torch.ones(1, dtype=torch.int64).type()),
-        "sync": torch.cuda.synchronize(),
+        "sync": (torch.cuda.synchronize(), torch.cuda.current_stream()),
         "cpu untouched": x.to(torch.float64).dtype,
     }
 
@@ -79,7 +79,7 @@ def test_remedies_make_cuda_mean_cpu(ranks: RankPool) -> None:
             "literal": {"cpu"},
             "pinned": False,
             "type": ("torch.cuda.FloatTensor", "torch.cuda.BFloat16Tensor", "torch.LongTensor"),
-            "sync": None,
+            "sync": (None, None),
             "cpu untouched": torch.float64,
         }
     ]

@@ -84,6 +84,18 @@ def test_a_batch_without_counted_tokens_is_refused(ranks: RankPool) -> None:
         ranks.run(1, all_masked)
 
 
+def test_grouping_of_rows_into_micro_batches_does_not_matter(ranks: RankPool) -> None:
+    """Rows with 6 and with 58 counted tokens weigh by their tokens, not by their micro batch."""
+    results = [
+        ranks.run(1, train, config=tiny_config(training={"micro_batch_size": size}), steps=2, masks="uneven")[0] for size in (1, 2, 4)
+    ]
+    for result in results[1:]:
+        assert result["tokens"] == results[0]["tokens"]
+        assert result["losses"] == pytest.approx(results[0]["losses"], rel=5e-5)  # as in the parity tests
+        for name, gradient in results[0]["gradients"].items():
+            assert (result["gradients"][name] - gradient).norm() < 5e-6 * gradient.norm().clamp(min=1e-12), name
+
+
 def train_and_describe(config: Any) -> dict[str, Any]:
     engine = make_engine(config)
     results = [engine.train_step(micro_batches(config, engine.layout, step), 1e-3) for step in range(3)]
