@@ -25,7 +25,6 @@ from nha_megatron.engine.base import Engine
 from nha_megatron.engine.device import choose_device
 from nha_megatron.engine.layout import Layout, create_layout
 from nha_megatron.engine.megatron import MegatronEngine
-from nha_megatron.hf.import_ import load_hf_weights
 from nha_megatron.training.console import Console
 from nha_megatron.training.loop import Reporter, train
 from nha_megatron.training.metrics import MetricsLog
@@ -88,7 +87,7 @@ def start(config: RunConfig, engine: Engine, say: Callable[[str], None]) -> Prog
             "Choose another logging.directory, delete them, or set checkpoint.resume=true"
         )
     if config.model.init_from is not None:
-        load_initial_weights(config, Path(config.model.init_from), engine)
+        load_initial_weights(Path(config.model.init_from), config, engine)
         say(f"weights taken from {config.model.init_from}")
     return Progress()
 
@@ -96,6 +95,9 @@ def start(config: RunConfig, engine: Engine, say: Callable[[str], None]) -> Prog
 def load_initial_weights(path: Path, config: RunConfig, engine: Engine) -> None:
     """Weights only, from a checkpoint of this project or from a directory that it exported to Hugging Face format."""
     if (path / "config.json").is_file():
+        # Imported here: transformers takes seconds, and only this needs it.
+        from nha_megatron.hf.import_ import load_hf_weights
+
         engine.load_weights(load_hf_weights(path, config.model))
     else:
         load_weights(resolve(path), engine)

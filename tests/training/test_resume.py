@@ -14,12 +14,18 @@ from tests.distributed import RankPool
 from tests.training import small_run
 
 PRETRAIN = "tests.training.small_run:pretrain_on_rank"
-LAYOUTS: dict[str, dict[str, Any]] = {
+
+# Changes to the small run, by name. Two ranks each.
+RUNS: dict[str, dict[str, dict[str, Any]]] = {
     "dp2": {},
-    "tp2_sp": {"tensor": 2, "sequence": True},
-    "pp2": {"pipeline": 2},
-    "cp2": {"context": 2},
+    "dp2_bf16": {"training": {"precision": "bf16"}},
+    "tp2_sp": {"parallel": {"tensor": 2, "sequence": True}},
+    "pp2": {"parallel": {"pipeline": 2}},
+    "pp2_interleaved": {"parallel": {"pipeline": 2, "virtual_pipeline": 2}, "model": {"num_layers": 4}},
+    "pp2_tied": {"parallel": {"pipeline": 2}, "model": {"tie_embeddings": True}},
+    "cp2": {"parallel": {"context": 2}},
 }
+SLOW = ("pp2_interleaved", "pp2_tied")
 VALIDATION = {"validate_every": 2, "validate_batches": 2}
 
 # Two layouts sum the same products in another order. fp32 rounds at 6e-8; a few hundred terms, two layers and six Adam
@@ -28,8 +34,8 @@ LOSS_TOLERANCE = 1e-4
 
 
 def run(ranks: RankPool, world: int, folder: Path, name: str, **sections: dict[str, Any]) -> None:
-    sections["logging"] = {"directory": str(folder / name)}
-    sections["training"] = {**VALIDATION, **sections.get("training", {})}
+    training = {**VALIDATION, **sections.get("training", {})}
+    sections = {**sections, "training": training, "logging": {"directory": str(folder / name)}}
     assert ranks.run(world, PRETRAIN, plain=small_run.settings(folder, **sections)) == [None] * world
 
 
@@ -42,14 +48,14 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def straight(ranks: RankPool, folder: Path) -> Callable[[str], str]:
-    """Name of the uninterrupted run of six steps on two ranks of a layout, with checkpoints after steps 3 and 6."""
+    """Makes one of RUNS, six steps without interruption and with checkpoints after steps 3 and 6; returns its name."""
     done: set[str] = set()
 
-    def run_once(layout: str) -> str:
-        if layout not in done:
-            run(ranks, 2, folder, layout, parallel=LAYOUTS[layout])
-            done.add(layout)
-        return layout
+    def run_once(name: str) -> str:
+        if name not in done:
+            run(ranks, 2, folder, name, **RUNS[name])
+            done.add(name)
+        return name
 
     return run_once
 
@@ -62,32 +68,41 @@ def cut_after_step_3(folder: Path, name: str, copy: str) -> None:
     metrics.write_text("".join(metrics.read_text().splitlines(keepends=True)[:5]))
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_same_layout_bit_for_bit(ranks: RankPool, folder: Path, straight: Callable[[str], str], layout: str) -> None:
-    whole, cut = straight(layout), f"{layout}_resumed"
+@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in RUNS])
+def test_same_layout_bit_for_bit(ranks: RankPool, folder: Path, straight: Callable[[str], str], name: str) -> None:
+    whole, cut = straight(name), f"{name}_resumed"
     cut_after_step_3(folder, whole, cut)
-    run(ranks, 2, folder, cut, parallel=LAYOUTS[layout])
+    run(ranks, 2, folder, cut, **RUNS[name])
 
     records = [small_run.metrics(folder, name) for name in (cut, whole)]
     assert [record["step"] for record in records[0]] == [1, 2, 3, 4, 5, 6]
-    for name in ("loss", "grad_norm", "lr", "tokens", "validation_loss"):
-        assert [record.get(name) for record in records[0]] == [record.get(name) for record in records[1]], name
+    for key in ("loss", "grad_norm", "lr", "tokens", "validation_loss"):
+        assert [record.get(key) for record in records[0]] == [record.get(key) for record in records[1]], key
     ours, theirs = small_run.weights(folder, cut), small_run.weights(folder, whole)
     assert ours.keys() == theirs.keys()
-    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
+
+
+TP2_SP = {"tensor": 2, "sequence": True}
 
 
 @pytest.mark.parametrize(
     ("before", "world", "after"),
-    [("dp2", 2, {"tensor": 2, "sequence": True}), ("cp2", 1, {}), ("tp2_sp", 2, {"pipeline": 2})],
-    ids=["dp2_to_tp2", "cp2_to_one", "tp2_to_pp2"],
+    [
+        ("dp2", 2, TP2_SP),
+        ("cp2", 1, {}),
+        ("tp2_sp", 2, {"pipeline": 2}),
+        pytest.param("pp2_interleaved", 2, TP2_SP, marks=pytest.mark.slow),
+        pytest.param("pp2_tied", 2, TP2_SP, marks=pytest.mark.slow),
+    ],
+    ids=["dp2_to_tp2", "cp2_to_one", "tp2_to_pp2", "pp2_interleaved_to_tp2", "pp2_tied_to_tp2"],
 )
 def test_another_layout_to_rounding(
     ranks: RankPool, folder: Path, straight: Callable[[str], str], before: str, world: int, after: dict[str, Any]
 ) -> None:
     whole, moved = straight(before), f"{before}_moved"
     cut_after_step_3(folder, whole, moved)
-    run(ranks, world, folder, moved, parallel=after)
+    run(ranks, world, folder, moved, **{**RUNS[before], "parallel": after})
     assert small_run.losses(folder, moved) == pytest.approx(small_run.losses(folder, whole), abs=LOSS_TOLERANCE)
 
 
