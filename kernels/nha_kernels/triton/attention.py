@@ -12,9 +12,9 @@ from torch.autograd.function import once_differentiable
 
 from ..memory import Memory
 from ..sequence import ExtendedSequence, extend_sequence
-from .backward_keys import backward_keys
-from .backward_queries import backward_queries
-from .backward_states import backward_states
+from .backward_reads import backward_reads
+from .backward_window import backward_window
+from .backward_writes import backward_writes
 from .dispatch import choose_tiles
 from .forward import forward
 from .problem import Gradients, Problem, Tiles
@@ -98,12 +98,12 @@ class _FusedAttention(torch.autograd.Function):
             written_values=nothing_through_slots(v),
             gates=torch.zeros_like(g),
         )
-        backward_queries(p, states, out, lse, d_out, gradients)
-        d_initial = backward_states(p, states, gradients, None if d_final is None else d_final.contiguous())
+        backward_reads(p, states, out, lse, d_out, gradients)
+        d_initial = backward_writes(p, states, gradients, None if d_final is None else d_final.contiguous())
         if p.window == 0:
             dk, dv = gradients.written_keys, gradients.written_values
         else:
-            dk, dv = backward_keys(p, lse, d_out, gradients)
+            dk, dv = backward_window(p, lse, d_out, gradients)
         d_initial = d_initial.view(p.batch, p.kv_heads, *d_initial.shape[1:]) if ctx.has_initial else None
         return gradients.q, dk, dv, gradients.gates, d_initial, None, None, None
 

@@ -90,14 +90,6 @@ def decay_exponent(token, reference, index, g, GATE_DOT: tl.constexpr):
 
 
 @triton.jit
-def decay_from_state(token, first, index, index_first, g, continues, GATE_DOT: tl.constexpr):
-    """exp(sum of the log-gates of the chunk up to `token`), 0 where the state before the chunk is another document's: [tokens, M]."""
-    summed = (index[None, :] <= token[:, None]) & (index_first[None, :] == first[:, None])
-    exponent = tl.dot(tl.where(summed, 1.0, 0.0), g, input_precision=GATE_DOT)
-    return tl.where(continues[:, None], tl.exp(exponent), 0.0)
-
-
-@triton.jit
 def load_gates(at, row, slot, valid, M: tl.constexpr):
     """Log-gates [rows, slots]; 0 (no decay, no write) where not valid."""
     return tl.load(at + row[:, None] * M + slot[None, :], mask=valid[:, None] & (slot < M)[None, :], other=0.0)

@@ -9,19 +9,19 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import LN_2, LOG2_E, continues_state, decay_from_state, load_gates, load_starts, write_strength
+from .common import LN_2, LOG2_E, continues_state, load_gates, load_starts, write_strength
 from .problem import Problem
 from .states import ChunkStates
 from .tiles import (
     biased_logits,
-    decay_dtype,
     dot_halves,
-    key_factor,
     load_halves,
     load_rows,
     log_mass_rows,
+    pair_factors,
     rotated,
-    row_factor,
+    row_decays,
+    to_decay_dtype,
     visible_pairs,
     window_visible,
 )
@@ -92,6 +92,7 @@ def attention_forward(
     first = load_starts(start, b, t0, token, T, DOCS)
     index_first = load_starts(start, b, t0, index, T, DOCS)
     query_row = held + t0 + token
+    readable = tl.min(index_first, 0)  # rows before the chunk's first document may hold anything, NaN too
 
     largest = tl.full((C * RP,), float("-inf"), tl.float32)
     total = tl.zeros((C * RP,), tl.float32)
@@ -104,13 +105,13 @@ def attention_forward(
         for offset in range(lowest, 0, BN):
             near = offset + tl.arange(0, BN)
             row = held + t0 + near
-            k1, k2 = load_halves(k + at_own * K, near * H, (row >= 0) & (row < E), K, HALF)
+            k1, k2 = load_halves(k + at_own * K, near * H, (row >= readable) & (row < E), K, HALF)
             k1, k2 = rotated(k1, k2, cos, sin, near - lowest, K, ROPE)
             logits = dot_halves(r1, r2, k1, k2) * logit_scale
             logits = tl.where(window_visible(row, query_row, first, W), logits, float("-inf"))
             p, largest, total, acc = _fold(logits, largest, total, acc)
-            values = load_rows(v + at_own * V, near * H, (row >= 0) & (row < E), V)
-            acc = tl.dot(p.to(dtype), values, acc, input_precision="ieee")
+            values = load_rows(v + at_own * V, near * H, (row >= readable) & (row < E), V)
+            acc = tl.dot(p.to(dtype), values, acc, input_precision="tf32x3")
         row = held + t0 + index
         k1, k2 = load_halves(k + at_own * K, index * H, row < E, K, HALF)
         k1, k2 = rotated(k1, k2, cos, sin, index - lowest, K, ROPE)
@@ -118,7 +119,7 @@ def attention_forward(
         logits = tl.where(window_visible(row, query_row, first, W), logits, float("-inf"))
         p, largest, total, acc = _fold(logits, largest, total, acc)
         values = load_rows(v + at_own * V, index * H, row < E, V)
-        acc = tl.dot(p.to(dtype), values, acc, input_precision="ieee")
+        acc = tl.dot(p.to(dtype), values, acc, input_precision="tf32x3")
 
     written_row = held + t0 - W + index
     written = (written_row >= index_first) & (t0 + index < T)
@@ -126,38 +127,44 @@ def attention_forward(
     k1, k2 = load_halves(k + at_written * K, index * H, written, K, HALF)
     values = load_rows(v + at_written * V, index * H, written, V)
     pairs = visible_pairs(token, first, index, index_first, written, DOCS)
-    wide = decay_dtype(q1)
-    scores = tl.where(pairs, dot_halves(q1, q2, k1, k2), 0.0).to(wide)
+    scores = to_decay_dtype(tl.where(pairs, dot_halves(q1, q2, k1, k2), 0.0), q1)
     continues = continues_state(first, held, t0)
     at_state = (bh * (num_chunks + 1) + n) * M
     for m in range(0, M, BM):
         slot = m + tl.arange(0, BM)
         gate = load_gates(g + at_written * M, index * H, slot, written, M)
         floored = tl.maximum(gate, GATE_FLOOR)
-        from_state = decay_from_state(token, first, index, index_first, floored, continues, GATE_DOT)
+        exponent, from_state = row_decays(token, first, index, index_first, floored, continues, DOCS, GATE_DOT)
         s1, s2 = load_halves(state_keys + at_state * K, slot, slot < M, K, HALF)
-        logits = dot_halves(q1, q2, s1, s2) * from_state
+        slot_logits = dot_halves(q1, q2, s1, s2) * from_state
         strength = write_strength(floored)
         for block in tl.static_range(0, C, BLOCK):
-            to_row = row_factor(token, first, start, b, t0, T, held, index, floored, block, BLOCK, DOCS, GATE_DOT)
-            to_reference = strength * key_factor(index_first, start, b, t0, T, held, index, floored, block, BLOCK, DOCS, GATE_DOT)
-            logits += to_row * tl.dot(scores, to_reference.to(wide), input_precision="ieee")
-        logits = logits * logit_scale
-        log_mass = logits
+            to_row, to_reference = pair_factors(
+                exponent, token, first, index, index_first, floored, start, b, t0, T, held, block, BLOCK, DOCS, GATE_DOT
+            )
+            slot_logits += to_row * tl.dot(scores, to_decay_dtype(strength * to_reference, q1), input_precision="tf32x3")
+        slot_logits = slot_logits * logit_scale
+        log_mass = slot_logits
         if EMPTY == 2:
             log_before = tl.load(state_log + at_state + slot, mask=slot < M, other=0.0)
             log_mass = log_mass_rows(token, first, index, index_first, tl.maximum(gate, -40.0), log_before, continues, GATE_DOT)
-        logits = biased_logits(logits, log_mass, query_row - W >= first, slot, M, BM, EMPTY)
-        p, largest, total, acc = _fold(logits, largest, total, acc)
+        slot_logits = biased_logits(slot_logits, log_mass, query_row - W >= first, slot, M, BM, EMPTY)
+        slot_p, largest, total, acc = _fold(slot_logits, largest, total, acc)
 
         state = load_rows(state_values + at_state * V, slot, slot < M, V)
-        acc = tl.dot((p * from_state).to(dtype), state, acc, input_precision="ieee")
+        acc = tl.dot((slot_p * from_state).to(dtype), state, acc, input_precision="tf32x3")
         weights = tl.zeros((C * RP, C), tl.float32)
         for block in tl.static_range(0, C, BLOCK):
-            to_row = row_factor(token, first, start, b, t0, T, held, index, floored, block, BLOCK, DOCS, GATE_DOT)
-            to_reference = strength * key_factor(index_first, start, b, t0, T, held, index, floored, block, BLOCK, DOCS, GATE_DOT)
-            weights = tl.dot((p * to_row).to(wide), tl.trans(to_reference.to(wide)), weights, input_precision="ieee")
-        acc = tl.dot(tl.where(pairs, weights, 0.0).to(dtype), values, acc, input_precision="ieee")
+            to_row, to_reference = pair_factors(
+                exponent, token, first, index, index_first, floored, start, b, t0, T, held, block, BLOCK, DOCS, GATE_DOT
+            )
+            weights = tl.dot(
+                to_decay_dtype(slot_p * to_row, q1),
+                tl.trans(to_decay_dtype(strength * to_reference, q1)),
+                weights,
+                input_precision="tf32x3",
+            )
+        acc = tl.dot(tl.where(pairs, weights, 0.0).to(dtype), values, acc, input_precision="tf32x3")
 
     nothing = total == 0.0
     safe = tl.where(nothing, 1.0, total)
@@ -192,7 +199,7 @@ def forward(problem: Problem, states: ChunkStates) -> tuple[Tensor, Tensor]:
         p.window,
         p.num_chunks,
         p.scale,
-        **p.tile_constants(),
+        **p.tile_constants("H R RP K V M C BLOCK BM BN HALF GATE_FLOOR GATE_DOT EMPTY DOCS ROPE WINDOW"),
         num_warps=p.tiles.forward_warps,
         num_stages=p.tiles.forward_stages,
     )

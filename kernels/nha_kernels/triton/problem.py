@@ -1,8 +1,8 @@
 """One call, described for the kernels: tensors, sizes, and the tile sizes that dispatch chose."""
 
 from dataclasses import dataclass
+from typing import Any
 
-import torch
 from torch import Tensor
 
 
@@ -14,11 +14,13 @@ class Tiles:
     block: int
     slots: int  # slots taken at a time
     window: int  # window rows taken at a time
-    forward_warps: int
-    query_warps: int
-    key_warps: int
+    forward_warps: int = 4
+    read_warps: int = 8
+    query_warps: int = 4
+    key_warps: int = 8
     forward_stages: int = 2
-    query_stages: int = 1
+    read_stages: int = 1
+    query_stages: int = 2
     key_stages: int = 2
 
 
@@ -113,12 +115,12 @@ class Problem:
 
     @property
     def GATE_DOT(self) -> str:
-        return "ieee" if self.q.dtype == torch.float32 else "tf32x3"
+        return "tf32x3"
 
-    def tile_constants(self) -> dict[str, object]:
-        """Compile-time arguments that the attention kernels share."""
+    def tile_constants(self, names: str) -> dict[str, Any]:
+        """Compile-time arguments of a kernel, by name."""
         group = self.query_heads // self.kv_heads
-        return {
+        constants = {
             "H": self.kv_heads,
             "R": group,
             "RP": 1 << (group - 1).bit_length(),
@@ -137,6 +139,7 @@ class Problem:
             "ROPE": self.cos is not None,
             "WINDOW": self.attend_window and self.window > 0,
         }
+        return {name: constants[name] for name in names.split()}
 
 
 @dataclass(frozen=True)

@@ -108,7 +108,7 @@ def scan_segments(
         values = tl.load(x + (base * H + h) * dim + index[:, None] * (H * dim) + x_column[None, :], mask=kept[:, None], other=0.0)
         if values.dtype == tl.float16:  # a weight may be far below fp16's smallest number
             values = values.to(tl.bfloat16)
-        update = tl.dot(weight.to(values.dtype), values, input_precision="ieee")
+        update = tl.dot(weight.to(values.dtype), values, input_precision="tf32x3")
 
         total = tl.sum(floored, axis=1)
         continues = continues_state(last_first, held, t0)

@@ -62,14 +62,18 @@ def rotated(x1, x2, cos, sin, offset, K: tl.constexpr, ROPE: tl.constexpr):
 @triton.jit
 def dot_halves(a1, a2, b1, b2):
     """a @ b^T for tiles in halves."""
-    product = tl.dot(a1, tl.trans(b1), input_precision="ieee")
-    return tl.dot(a2, tl.trans(b2), product, input_precision="ieee")
+    product = tl.dot(a1, tl.trans(b1), input_precision="tf32x3")
+    return tl.dot(a2, tl.trans(b2), product, input_precision="tf32x3")
 
 
 @triton.jit
-def decay_dtype(x):
-    """A decayed operand reaches e^64, so fp16 inputs decay in bf16."""
-    return tl.bfloat16 if x.dtype == tl.float16 else x.dtype
+def to_decay_dtype(x, like):
+    """A decayed operand reaches e^64, so with fp16 inputs it is bf16; else it has the dtype of `like`, the inputs."""
+    if like.dtype == tl.float16:
+        y = x.to(tl.bfloat16)
+    else:
+        y = x.to(like.dtype)
+    return y
 
 
 @triton.jit
@@ -89,49 +93,57 @@ def visible_pairs(token, first, index, index_first, written, DOCS: tl.constexpr)
 
 
 @triton.jit
-def row_factor(
-    token,
-    first,
-    start,
-    b,
-    t0,
-    T,
-    held,
-    index,
-    gate,
-    BLOCK_START: tl.constexpr,
-    BLOCK: tl.constexpr,
-    DOCS: tl.constexpr,
-    GATE_DOT: tl.constexpr,
-):
-    """Decay from a block's reference token to each row, [rows, M]; 0 for rows before the block, which read nothing of it."""
-    middle = load_starts(start, b, t0, tl.zeros_like(token) + (BLOCK_START + BLOCK // 2 - 1), T, DOCS)
-    reference = reference_token(first, middle, BLOCK_START, held, t0, BLOCK, DOCS)
-    exponent = decay_exponent(token, reference, index, gate, GATE_DOT)
-    return tl.where((token >= BLOCK_START)[:, None], tl.exp(tl.minimum(exponent, LARGEST_EXPONENT)), 0.0)
+def row_decays(token, first, index, index_first, gate, continues, DOCS: tl.constexpr, GATE_DOT: tl.constexpr):
+    """Sum of the log-gates up to each row, in its document, and the decay of the slots before the chunk: both [rows, M]."""
+    summed = index[None, :] <= token[:, None]
+    if DOCS == 2:
+        summed = summed & (index_first[None, :] == first[:, None])
+    exponent = tl.dot(tl.where(summed, 1.0, 0.0), gate, input_precision=GATE_DOT)
+    decay = tl.exp(exponent)
+    if DOCS == 2:
+        decay = tl.where(continues[:, None], decay, 0.0)
+    return exponent, decay
 
 
 @triton.jit
-def key_factor(
+def pair_factors(
+    exponent,
+    token,
+    first,
+    index,
     index_first,
+    gate,
     start,
     b,
     t0,
     T,
     held,
-    index,
-    gate,
     BLOCK_START: tl.constexpr,
     BLOCK: tl.constexpr,
     DOCS: tl.constexpr,
     GATE_DOT: tl.constexpr,
 ):
-    """Decay from each write of a block to the block's reference token, [C, M]; 0 outside of the block."""
-    middle = load_starts(start, b, t0, tl.zeros_like(index) + (BLOCK_START + BLOCK // 2 - 1), T, DOCS)
-    reference = reference_token(index_first, middle, BLOCK_START, held, t0, BLOCK, DOCS)
-    exponent = decay_exponent(index, reference, index, gate, GATE_DOT)
-    inside = (index >= BLOCK_START) & (index < BLOCK_START + BLOCK)
-    return tl.where(inside[:, None], tl.exp(tl.minimum(-exponent, LARGEST_EXPONENT)), 0.0)
+    """Decay from a write of the block to a row as a product: to_row [rows, M] from the block's reference token on, 0 for rows before the
+    block; to_reference [C, M] up to it, 0 outside of the block."""
+    middle = BLOCK_START + BLOCK // 2 - 1
+    if (DOCS == 2) or (BLOCK < 16):
+        # A reference per document, and no difference of sums: exact isolation, and float32 without cancellation.
+        at_middle = load_starts(start, b, t0, tl.zeros_like(index) + middle, T, DOCS)
+        reference = reference_token(index_first, at_middle, BLOCK_START, held, t0, BLOCK, DOCS)
+        key_exponent = decay_exponent(index, reference, index, gate, GATE_DOT)
+        at_middle = load_starts(start, b, t0, tl.zeros_like(token) + middle, T, DOCS)
+        reference = reference_token(first, at_middle, BLOCK_START, held, t0, BLOCK, DOCS)
+        row_exponent = decay_exponent(token, reference, index, gate, GATE_DOT)
+    else:
+        at_reference = tl.sum(tl.where((index <= middle)[:, None], gate, 0.0), 0)
+        key_exponent = tl.cumsum(gate, 0) - at_reference[None, :]
+        row_exponent = exponent - at_reference[None, :]
+    to_row = tl.exp(tl.minimum(row_exponent, LARGEST_EXPONENT))
+    to_reference = tl.exp(tl.minimum(-key_exponent, LARGEST_EXPONENT))
+    if BLOCK_START > 0:
+        to_row = tl.where((token >= BLOCK_START)[:, None], to_row, 0.0)
+        to_reference = tl.where((index >= BLOCK_START)[:, None], to_reference, 0.0)
+    return to_row, tl.where((index < BLOCK_START + BLOCK)[:, None], to_reference, 0.0)
 
 
 @triton.jit

@@ -1,12 +1,12 @@
-"""Backward, first kernel: one program per chunk and KV head.
+"""Backward of what queries read from the slots: one program per chunk and KV head.
 
-Gives the gradient of the queries, what the chunk's reads and decays send to the slots before it (`state_gradient`, composed over chunks by
-the next kernel), and the gradients of the chunk's own writes as far as the chunk itself reads them. Probabilities are recomputed from the
-log-sum-exp. With e the slot logits, p their probabilities and d the gradient of out:
+Gives the gradient of the queries (the window adds its part later), what the chunk's reads send to the slots before it (`state_gradient`,
+composed over chunks by the next kernel), and the gradients of the chunk's own writes as far as the chunk itself reads them. Probabilities
+are recomputed from the log-sum-exp. With e the slot logits, p their probabilities and d the gradient of out:
 
     de = p * (d S_v - <d, out>)        dG_t[m] = sum over the group of  de * e + p * (d S_v)       (G: exponent of the decay at token t)
 
-`gate_gradient` receives, for the token written at query i, -exp(g) c_i + sum over t >= i of (dG_t - s_t c_t), with c the gradient of the
+`gate_gradient` receives, for the token written at query i, -exp(g_i) c_i + sum over t >= i of (dG_t - s_t c_t), with c the gradient of the
 write strength s.
 """
 
@@ -14,72 +14,31 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import LOG2_E, channel_halves, continues_state, decay_from_state, group_sum, load_gates, load_starts, unrotate, write_strength
+from .common import LOG2_E, channel_halves, continues_state, group_sum, load_gates, load_starts, write_strength
 from .problem import Gradients, Problem
 from .states import ChunkStates
 from .tiles import (
     SMALLEST_NORMAL,
     biased_logits,
-    decay_dtype,
     dot_halves,
-    key_factor,
-    load_angles,
     load_halves,
     load_rows,
     log_mass_rows,
-    rotated,
-    row_factor,
+    pair_factors,
+    row_decays,
     store_halves,
+    to_decay_dtype,
     visible_pairs,
-    window_visible,
 )
 
 
 @triton.jit
-def _window_gradient(
-    k,
-    v,
-    row,
-    near,
-    lowest,
-    ok,
-    at,
-    r1,
-    r2,
-    d_out,
-    cos,
-    sin,
-    visible,
-    lse,
-    delta,
-    scale,
-    dq1,
-    dq2,
-    H: tl.constexpr,
-    K: tl.constexpr,
-    V: tl.constexpr,
-    HALF: tl.constexpr,
-    ROPE: tl.constexpr,
-):
-    """Adds what one block of window rows gives to the gradient of the rotated queries."""
-    k1, k2 = load_halves(k + at * K, near * H, ok, K, HALF)
-    k1, k2 = rotated(k1, k2, cos, sin, near - lowest, K, ROPE)
-    values = load_rows(v + at * V, near * H, ok, V)
-    p = tl.where(visible, tl.exp2(dot_halves(r1, r2, k1, k2) * (scale * LOG2_E) - lse[:, None]), 0.0)
-    dp = tl.dot(d_out, tl.trans(values), input_precision="ieee")
-    de = (p * (dp - delta[:, None]) * scale).to(r1.dtype)
-    return tl.dot(de, k1, dq1, input_precision="ieee"), tl.dot(de, k2, dq2, input_precision="ieee")
-
-
-@triton.jit
-def attention_backward_queries(
+def slot_backward_reads(
     q,
     k,
     v,
     g,
     start,
-    cos,
-    sin,
     state_keys,
     state_values,
     state_log,
@@ -108,14 +67,11 @@ def attention_backward_queries(
     C: tl.constexpr,
     BLOCK: tl.constexpr,
     BM: tl.constexpr,
-    BN: tl.constexpr,
     HALF: tl.constexpr,
     GATE_FLOOR: tl.constexpr,
     GATE_DOT: tl.constexpr,
     EMPTY: tl.constexpr,
     DOCS: tl.constexpr,
-    ROPE: tl.constexpr,
-    WINDOW: tl.constexpr,
 ):
     n = tl.program_id(0)
     bh = tl.program_id(1).to(tl.int64)
@@ -140,58 +96,49 @@ def attention_backward_queries(
     index_first = load_starts(start, b, t0, index, T, DOCS)
     query_row = held + t0 + token
 
-    dq1 = tl.zeros((C * RP, K // 2), tl.float32)
-    dq2 = tl.zeros((C * RP, K // 2), tl.float32)
-    if WINDOW:
-        lowest = -((W - 1 + BN - 1) // BN) * BN
-        r1, r2 = rotated(q1, q2, cos, sin, token - lowest, K, ROPE)
-        at_own = (b * E + held + t0) * H + h
-        for offset in range(lowest, 0, BN):
-            near = offset + tl.arange(0, BN)
-            row = held + t0 + near
-            visible = window_visible(row, query_row, first, W)
-            ok = (row >= 0) & (row < E)
-            dq1, dq2 = _window_gradient(
-                k, v, row, near, lowest, ok, at_own, r1, r2, do, cos, sin, visible, lse_row, delta, scale, dq1, dq2, H, K, V, HALF, ROPE
-            )
-        row = held + t0 + index
-        visible = window_visible(row, query_row, first, W)
-        dq1, dq2 = _window_gradient(
-            k, v, row, index, lowest, row < E, at_own, r1, r2, do, cos, sin, visible, lse_row, delta, scale, dq1, dq2, H, K, V, HALF, ROPE
-        )
-        if ROPE:
-            c, s = load_angles(cos, sin, token - lowest, K)
-            dq1, dq2 = unrotate(dq1, dq2, c, s)
-
     written_row = held + t0 - W + index
     written = (written_row >= index_first) & (t0 + index < T)
     at_written = (b * E + held + t0 - W) * H + h
     k1, k2 = load_halves(k + at_written * K, index * H, written, K, HALF)
     values = load_rows(v + at_written * V, index * H, written, V)
     pairs = visible_pairs(token, first, index, index_first, written, DOCS)
-    wide = decay_dtype(q1)
-    scores = tl.where(pairs, dot_halves(q1, q2, k1, k2), 0.0).to(wide)
-    value_scores = tl.where(pairs, tl.dot(do, tl.trans(values), input_precision="ieee"), 0.0).to(wide)
+    at_own = index[None, :] == token[:, None]
+    # The write that a query brings along is read undecayed. It is kept apart: in the gradient of the decays it would cancel, not exactly.
+    scores = dot_halves(q1, q2, k1, k2)
+    own_score = tl.sum(tl.where(pairs & at_own, scores, 0.0), 1)
+    scores = to_decay_dtype(tl.where(pairs & (index[None, :] < token[:, None]), scores, 0.0), q1)
+    value_scores = tl.dot(do, tl.trans(values), input_precision="tf32x3")
+    own_value_score = tl.sum(tl.where(pairs & at_own, value_scores, 0.0), 1)
+    value_scores = to_decay_dtype(tl.where(pairs & (index[None, :] < token[:, None]), value_scores, 0.0), q1)
     continues = continues_state(first, held, t0)
     at_state = (bh * (num_chunks + 1) + n) * M
     key_weights = tl.zeros((C * RP, C), tl.float32)  # d logit / d (q . k_written), summed over slots
     value_weights = tl.zeros((C * RP, C), tl.float32)
+    dq1 = tl.zeros((C * RP, K // 2), tl.float32)
+    dq2 = tl.zeros((C * RP, K // 2), tl.float32)
     for m in range(0, M, BM):
         slot = m + tl.arange(0, BM)
         slot_ok = slot < M
         gate = load_gates(g + at_written * M, index * H, slot, written, M)
         floored = tl.maximum(gate, GATE_FLOOR)
         strength = write_strength(floored)
-        from_state = decay_from_state(token, first, index, index_first, floored, continues, GATE_DOT)
+        exponent, from_state = row_decays(token, first, index, index_first, floored, continues, DOCS, GATE_DOT)
+        own_strength = tl.dot(tl.where(at_own, 1.0, 0.0), strength, input_precision=GATE_DOT)
         s1, s2 = load_halves(state_keys + at_state * K, slot, slot_ok, K, HALF)
         state = load_rows(state_values + at_state * V, slot, slot_ok, V)
         logits = dot_halves(q1, q2, s1, s2) * from_state
-        dp = tl.dot(do, tl.trans(state), input_precision="ieee") * from_state
+        dp = tl.dot(do, tl.trans(state), input_precision="tf32x3") * from_state
         for block in tl.static_range(0, C, BLOCK):
-            to_row = row_factor(token, first, start, b, t0, T, held, index, floored, block, BLOCK, DOCS, GATE_DOT)
-            to_reference = strength * key_factor(index_first, start, b, t0, T, held, index, floored, block, BLOCK, DOCS, GATE_DOT)
-            logits += to_row * tl.dot(scores, to_reference.to(wide), input_precision="ieee")
-            dp += to_row * tl.dot(value_scores, to_reference.to(wide), input_precision="ieee")
+            to_row, to_reference = pair_factors(
+                exponent, token, first, index, index_first, floored, start, b, t0, T, held, block, BLOCK, DOCS, GATE_DOT
+            )
+            from_write = to_decay_dtype(strength * to_reference, q1)
+            logits += to_row * tl.dot(scores, from_write, input_precision="tf32x3")
+            dp += to_row * tl.dot(value_scores, from_write, input_precision="tf32x3")
+        own_logits = own_score[:, None] * own_strength
+        own_dp = own_value_score[:, None] * own_strength
+        logits += own_logits
+        dp += own_dp
         log_mass = logits
         if EMPTY == 2:
             log_before = tl.load(state_log + at_state + slot, mask=slot_ok, other=0.0)
@@ -200,7 +147,7 @@ def attention_backward_queries(
         p = tl.exp2(biased - lse_row[:, None])
         softmax_gradient = p * (dp - delta[:, None])
         de = softmax_gradient * scale
-        exponent_gradient = group_sum(de * logits + p * dp, C, RP, BM)
+        exponent_gradient = group_sum(de * (logits - own_logits) + p * (dp - own_dp), C, RP, BM)
         if EMPTY == 2:
             mass = write_strength(log_mass)
             d_log = tl.where(mass > SMALLEST_NORMAL, softmax_gradient * (1 - 1 / tl.maximum(mass, SMALLEST_NORMAL)), 0.0)
@@ -210,15 +157,15 @@ def attention_backward_queries(
 
         de_state = (de * from_state).to(dtype)
         p_state = (p * from_state).to(dtype)
-        dq1 = tl.dot(de_state, s1, dq1, input_precision="ieee")
-        dq2 = tl.dot(de_state, s2, dq2, input_precision="ieee")
+        dq1 = tl.dot(de_state, s1, dq1, input_precision="tf32x3")
+        dq2 = tl.dot(de_state, s2, dq2, input_precision="tf32x3")
         at_gradient = state_gradient + ((bh * num_chunks + n) * M) * (K + V)
-        d_state = tl.dot(tl.trans(p_state), do, input_precision="ieee")
+        d_state = tl.dot(tl.trans(p_state), do, input_precision="tf32x3")
         at_values = at_gradient + slot[:, None] * (K + V) + K + tl.arange(0, V)[None, :]
         tl.store(at_values, d_state.to(state_gradient.dtype.element_ty), mask=slot_ok[:, None])
         turned = tl.trans(de_state)
-        d_state1 = tl.dot(turned, q1, input_precision="ieee")
-        d_state2 = tl.dot(turned, q2, input_precision="ieee")
+        d_state1 = tl.dot(turned, q1, input_precision="tf32x3")
+        d_state2 = tl.dot(turned, q2, input_precision="tf32x3")
         c1, c2 = channel_halves(tl.arange(0, K // 2), K, HALF)
         at_keys = at_gradient + slot[:, None] * (K + V)
         tl.store(at_keys + c1[None, :], d_state1.to(state_gradient.dtype.element_ty), mask=slot_ok[:, None])
@@ -226,46 +173,46 @@ def attention_backward_queries(
 
         strength_gradient = tl.zeros((C, BM), tl.float32)
         for block in tl.static_range(0, C, BLOCK):
-            to_row = row_factor(token, first, start, b, t0, T, held, index, floored, block, BLOCK, DOCS, GATE_DOT)
-            from_key = key_factor(index_first, start, b, t0, T, held, index, floored, block, BLOCK, DOCS, GATE_DOT)
-            to_reference = tl.trans((strength * from_key).to(wide))
-            de_row = (de * to_row).to(wide)
-            p_row = (p * to_row).to(wide)
-            key_weights = tl.dot(de_row, to_reference, key_weights, input_precision="ieee")
-            value_weights = tl.dot(p_row, to_reference, value_weights, input_precision="ieee")
-            received = tl.dot(tl.trans(scores), de_row, input_precision="ieee")
-            received = tl.dot(tl.trans(value_scores), p_row, received, input_precision="ieee")
-            strength_gradient += received * from_key
+            to_row, to_reference = pair_factors(
+                exponent, token, first, index, index_first, floored, start, b, t0, T, held, block, BLOCK, DOCS, GATE_DOT
+            )
+            from_write = tl.trans(to_decay_dtype(strength * to_reference, q1))
+            de_row = to_decay_dtype(de * to_row, q1)
+            p_row = to_decay_dtype(p * to_row, q1)
+            key_weights = tl.dot(de_row, from_write, key_weights, input_precision="tf32x3")
+            value_weights = tl.dot(p_row, from_write, value_weights, input_precision="tf32x3")
+            received = tl.dot(tl.trans(scores), de_row, input_precision="tf32x3")
+            received = tl.dot(tl.trans(value_scores), p_row, received, input_precision="tf32x3")
+            strength_gradient += received * to_reference
         later = (index[None, :] >= index[:, None]) & (index_first[None, :] == index_first[:, None])
         summed = tl.dot(tl.where(later, 1.0, 0.0), exponent_gradient - strength * strength_gradient, input_precision=GATE_DOT)
+        strength_gradient += group_sum(de * own_score[:, None] + p * own_value_score[:, None], C, RP, BM)
         dg = tl.where(gate < -40.0, 0.0, summed - tl.exp(floored) * strength_gradient)
         at_gates = gate_gradient + at_written * M + index[:, None] * (H * M) + slot[None, :]
         tl.store(at_gates, dg, mask=written[:, None] & slot_ok[None, :])
 
     weights = tl.where(pairs, key_weights, 0.0).to(dtype)
-    dq1 = tl.dot(weights, k1, dq1, input_precision="ieee")
-    dq2 = tl.dot(weights, k2, dq2, input_precision="ieee")
+    dq1 = tl.dot(weights, k1, dq1, input_precision="tf32x3")
+    dq2 = tl.dot(weights, k2, dq2, input_precision="tf32x3")
     store_halves(dq + at_query * K, at_row, row_ok, dq1, dq2, K, HALF)
     turned = tl.trans(weights)
-    dk1 = tl.dot(turned, q1, input_precision="ieee")
-    dk2 = tl.dot(turned, q2, input_precision="ieee")
+    dk1 = tl.dot(turned, q1, input_precision="tf32x3")
+    dk2 = tl.dot(turned, q2, input_precision="tf32x3")
     store_halves(dk_written + at_written * K, index * H, written, dk1, dk2, K, HALF)
     weights = tl.where(pairs, value_weights, 0.0).to(dtype)
-    dv = tl.dot(tl.trans(weights), do, input_precision="ieee")
+    dv = tl.dot(tl.trans(weights), do, input_precision="tf32x3")
     at_values = dv_written + at_written * V + index[:, None] * (H * V) + tl.arange(0, V)[None, :]
     tl.store(at_values, dv.to(dv_written.dtype.element_ty), mask=written[:, None])
 
 
-def backward_queries(problem: Problem, states: ChunkStates, out: Tensor, lse: Tensor, d_out: Tensor, gradients: Gradients) -> None:
+def backward_reads(problem: Problem, states: ChunkStates, out: Tensor, lse: Tensor, d_out: Tensor, gradients: Gradients) -> None:
     p, d = problem, gradients
-    attention_backward_queries[(p.num_chunks, p.batch * p.kv_heads)](
+    slot_backward_reads[(p.num_chunks, p.batch * p.kv_heads)](
         p.q,
         p.k,
         p.v,
         p.g,
         p.start,
-        p.angles[0],
-        p.angles[1],
         states.keys,
         states.values,
         states.log_decay,
@@ -285,7 +232,7 @@ def backward_queries(problem: Problem, states: ChunkStates, out: Tensor, lse: Te
         p.window,
         p.num_chunks,
         p.scale,
-        **p.tile_constants(),
-        num_warps=p.tiles.query_warps,
-        num_stages=p.tiles.query_stages,
+        **p.tile_constants("H R RP K V M C BLOCK BM HALF GATE_FLOOR GATE_DOT EMPTY DOCS"),
+        num_warps=p.tiles.read_warps,
+        num_stages=p.tiles.read_stages,
     )

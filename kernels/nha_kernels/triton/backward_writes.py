@@ -5,10 +5,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import load_gates, load_starts, write_strength
+from .common import continues_state, load_gates, load_starts, write_strength
 from .problem import Gradients, Problem
 from .states import ChunkStates
-from .tiles import decay_dtype, dot_halves, load_halves, load_rows, load_state_halves, store_halves
+from .tiles import dot_halves, load_halves, load_rows, load_state_halves, store_halves, to_decay_dtype
 
 
 @triton.jit
@@ -64,20 +64,19 @@ def compose_state_gradients(
             gradient = _take_step(at, n - 3, step, ok, gradient, own3, decay3)
         tl.store(initial_gradient + column, gradient, mask=ok)
     else:
-        slot = tl.arange(0, BE)  # BE >= M
-        ok = slot < M
-        column = bh * M * (D + 1) + slot * (D + 1) + D
-        gradient = tl.zeros((BE,), tl.float32)
+        log_slot = tl.arange(0, BE)  # BE >= M
+        log_ok = log_slot < M
+        log_column = bh * M * (D + 1) + log_slot * (D + 1) + D
+        d_log = tl.zeros((BE,), tl.float32)
         if HAS_FINAL:
-            gradient = tl.load(final_gradient + column, mask=ok, other=0.0)
-        at = log_gradient + bh * num_chunks * M + slot
+            d_log = tl.load(final_gradient + log_column, mask=log_ok, other=0.0)
+        at_log = log_gradient + bh * num_chunks * M + log_slot
         for i in range(0, num_chunks):
-            n = last - i
-            own, decay = _load_step(at, at_decay + slot, n, M, M, ok)
+            own, decay = _load_step(at_log, at_decay + log_slot, last - i, M, M, log_ok)
             if EMPTY != 2:
                 own = tl.zeros((BE,), tl.float32)
-            gradient = _take_step(at, n, M, ok, gradient, own, tl.where(decay >= 0, 1.0, -1.0))
-        tl.store(initial_gradient + column, gradient, mask=ok)
+            d_log = _take_step(at_log, last - i, M, log_ok, d_log, own, tl.where(decay >= 0, 1.0, -1.0))
+        tl.store(initial_gradient + log_column, d_log, mask=log_ok)
 
 
 @triton.jit
@@ -117,12 +116,13 @@ def slot_backward_writes(
     index = tl.arange(0, C)
     first = load_starts(start, b, t0, index, T, DOCS)
     written_row = held + t0 - W + index
-    kept = (written_row >= first) & (t0 + index < T) & (first == tl.max(first, 0))
+    last_first = tl.max(first, 0)
+    kept = (written_row >= first) & (t0 + index < T) & (first == last_first)
+    continues = continues_state(last_first, held, t0)
     at_written = (b * E + held + t0 - W) * H + h
     k1, k2 = load_halves(k + at_written * K, index * H, kept, K, HALF)
     values = load_rows(v + at_written * V, index * H, kept, V)
-    wide = decay_dtype(k1)
-    k1, k2, values = k1.to(wide), k2.to(wide), values.to(wide)
+    k1, k2, values = to_decay_dtype(k1, k1), to_decay_dtype(k2, k2), to_decay_dtype(values, values)
 
     dk1 = tl.zeros((C, K // 2), tl.float32)
     dk2 = tl.zeros((C, K // 2), tl.float32)
@@ -140,22 +140,24 @@ def slot_backward_writes(
         d1, d2 = load_state_halves(at_gradient, slot, slot_ok, K, K + V, HALF)
         at_values = at_gradient + K + slot[:, None] * (K + V) + tl.arange(0, V)[None, :]
         dsv = tl.load(at_values, mask=slot_ok[:, None], other=0.0)
-        at_end = (bh * (num_chunks + 1) + n + 1) * M
-        s1, s2 = load_halves(state_keys + at_end * K, slot, slot_ok, K, HALF)
-        sv = load_rows(state_values + at_end * V, slot, slot_ok, V)
-        through_decay = tl.sum(s1.to(tl.float32) * d1.to(tl.float32) + s2.to(tl.float32) * d2.to(tl.float32), 1)
-        through_decay += tl.sum(sv.to(tl.float32) * dsv.to(tl.float32), 1)
-        through_decay += tl.load(log_gradient + (bh * num_chunks + n) * M + slot, mask=slot_ok, other=0.0)
+        at_state = (bh * (num_chunks + 1) + n) * M
+        s1, s2 = load_halves(state_keys + at_state * K, slot, slot_ok, K, HALF)
+        sv = load_rows(state_values + at_state * V, slot, slot_ok, V)
+        held_before = tl.sum(s1.to(tl.float32) * d1.to(tl.float32) + s2.to(tl.float32) * d2.to(tl.float32), 1)
+        held_before += tl.sum(sv.to(tl.float32) * dsv.to(tl.float32), 1)
+        held_before = tl.where(continues, held_before * tl.exp(tl.sum(floored, 0)), 0.0)
+        held_before += tl.load(log_gradient + (bh * num_chunks + n) * M + slot, mask=slot_ok, other=0.0)
 
-        weight = (strength * to_end).to(wide)
-        dk1 = tl.dot(weight, d1, dk1, input_precision="ieee")
-        dk2 = tl.dot(weight, d2, dk2, input_precision="ieee")
-        dv = tl.dot(weight, dsv, dv, input_precision="ieee")
+        weight = to_decay_dtype(strength * to_end, k1)
+        dk1 = tl.dot(weight, d1, dk1, input_precision="tf32x3")
+        dk2 = tl.dot(weight, d2, dk2, input_precision="tf32x3")
+        dv = tl.dot(weight, dsv, dv, input_precision="tf32x3")
         received = dot_halves(k1, k2, d1, d2)
-        received = tl.dot(values, tl.trans(dsv), received, input_precision="ieee")
+        received = tl.dot(values, tl.trans(dsv), received, input_precision="tf32x3")
         strength_gradient = received * to_end
-        not_before = tl.where(index[None, :] >= index[:, None], 1.0, 0.0)
-        dg = through_decay[None, :] - tl.dot(not_before, strength * strength_gradient, input_precision=GATE_DOT)
+        # A gate decays what the slots held before the chunk and what earlier tokens of the chunk wrote.
+        earlier = tl.where(index[None, :] < index[:, None], 1.0, 0.0)
+        dg = held_before[None, :] + tl.dot(earlier, strength * strength_gradient, input_precision=GATE_DOT)
         dg -= tl.exp(floored) * strength_gradient
         at_gates = gate_gradient + at_written * M + index[:, None] * (H * M) + slot[None, :]
         gates_ok = kept[:, None] & slot_ok[None, :]
@@ -169,7 +171,7 @@ def slot_backward_writes(
     tl.store(at_values, (dv + before).to(dv_written.dtype.element_ty), mask=kept[:, None])
 
 
-def backward_states(problem: Problem, states: ChunkStates, gradients: Gradients, d_final: Tensor | None) -> Tensor:
+def backward_writes(problem: Problem, states: ChunkStates, gradients: Gradients, d_final: Tensor | None) -> Tensor:
     """Completes the gradients of written keys, written values and gates. Returns that of the slots before the first token."""
     p, d = problem, gradients
     width = p.key_dim + p.value_dim
@@ -207,16 +209,7 @@ def backward_states(problem: Problem, states: ChunkStates, gradients: Gradients,
         p.held,
         p.window,
         p.num_chunks,
-        H=p.kv_heads,
-        K=p.key_dim,
-        V=p.value_dim,
-        M=p.num_slots,
-        C=p.C,
-        BM=p.BM,
-        HALF=p.rotated_pairs or p.key_dim // 2,
-        GATE_FLOOR=p.GATE_FLOOR,
-        GATE_DOT=p.GATE_DOT,
-        DOCS=p.DOCS,
+        **p.tile_constants("H K V M C BM HALF GATE_FLOOR GATE_DOT DOCS"),
         num_warps=4,
         num_stages=1,
     )
