@@ -12,71 +12,74 @@ from .tiles import dot_halves, load_halves, load_rows, load_state_halves, store_
 
 
 @triton.jit
-def _load_step(at, at_decay, n, step, decay_step, ok):
-    """A chunk's own gradient and the decay of the slots over it; neither does anything where there is no such chunk."""
+def _load_step(at, at_log, at_decay, n, step, M: tl.constexpr, ok, EMPTY: tl.constexpr):
+    """A chunk's own gradients and the decay of the slot over it; none does anything where there is no such chunk."""
     own = tl.load(at + n * step, mask=ok & (n >= 0), other=0.0).to(tl.float32)
-    return own, tl.load(at_decay + n * decay_step, mask=ok & (n >= 0), other=1.0)
+    own_log = 0.0
+    if EMPTY == 2:
+        own_log = tl.load(at_log + n * M, mask=n >= 0, other=0.0)
+    return own, own_log, tl.load(at_decay + n * M, mask=n >= 0, other=1.0)
 
 
 @triton.jit
-def _take_step(at, n, step, ok, gradient, own, decay):
+def _take_step(at, at_log, n, step, M: tl.constexpr, ok, gradient, log, own, own_log, decay, LOG: tl.constexpr):
     tl.store(at + n * step, gradient.to(at.dtype.element_ty), mask=ok & (n >= 0))
-    return tl.where(decay >= 0, gradient * decay, 0.0) + own
+    if LOG:
+        tl.store(at_log + n * M, log, mask=n >= 0)
+        log = tl.where(decay >= 0, log, 0.0) + own_log
+    return tl.where(decay >= 0, gradient * decay, 0.0) + own, log
 
 
 @triton.jit
 def compose_state_gradients(
     state_gradient,  # [B*H, N, M, K+V], in: from each chunk's reads to the slots before it; out: gradient of the slots after it
-    log_gradient,  # [B*H, N, M], likewise of the sum of log-gates
+    log_gradient,  # [B*H, N, M], likewise of the sum of log-gates (LOG)
     chunk_decay,  # [B*H, N, M]
     final_gradient,  # [B*H, M, K+V+1] gradient of the slots after the last token
     initial_gradient,  # [B*H, M, K+V+1] gradient of the slots before the first token
     num_chunks,
     M: tl.constexpr,
     D: tl.constexpr,  # K + V
-    BE: tl.constexpr,
+    BD: tl.constexpr,  # the power of two that holds D
     HAS_FINAL: tl.constexpr,
     EMPTY: tl.constexpr,
+    LOG: tl.constexpr,
 ):
-    block = tl.program_id(0)
+    """One program per slot. The loop waits for memory, not for arithmetic, so several chunks are loaded at a time."""
+    slot = tl.program_id(0)
     bh = tl.program_id(1).to(tl.int64)
-    last = num_chunks - 1
-    at_decay = chunk_decay + bh * num_chunks * M
-    if block * BE < M * D:
-        element = block * BE + tl.arange(0, BE)
-        slot = element // D
-        ok = element < M * D
-        column = bh * M * (D + 1) + slot * (D + 1) + element % D
-        gradient = tl.zeros((BE,), tl.float32)
-        if HAS_FINAL:
-            gradient = tl.load(final_gradient + column, mask=ok, other=0.0)
-        at = state_gradient + bh * num_chunks * M * D + element
-        step = tl.full((), M * D, tl.int64)
-        for i in range(0, num_chunks, 4):  # four chunks are loaded at a time: the loop waits for memory, not for arithmetic
-            n = last - i
-            own0, decay0 = _load_step(at, at_decay + slot, n, step, M, ok)
-            own1, decay1 = _load_step(at, at_decay + slot, n - 1, step, M, ok)
-            own2, decay2 = _load_step(at, at_decay + slot, n - 2, step, M, ok)
-            own3, decay3 = _load_step(at, at_decay + slot, n - 3, step, M, ok)
-            gradient = _take_step(at, n, step, ok, gradient, own0, decay0)
-            gradient = _take_step(at, n - 1, step, ok, gradient, own1, decay1)
-            gradient = _take_step(at, n - 2, step, ok, gradient, own2, decay2)
-            gradient = _take_step(at, n - 3, step, ok, gradient, own3, decay3)
-        tl.store(initial_gradient + column, gradient, mask=ok)
-    else:
-        log_slot = tl.arange(0, BE)  # BE >= M
-        log_ok = log_slot < M
-        log_column = bh * M * (D + 1) + log_slot * (D + 1) + D
-        d_log = tl.zeros((BE,), tl.float32)
-        if HAS_FINAL:
-            d_log = tl.load(final_gradient + log_column, mask=log_ok, other=0.0)
-        at_log = log_gradient + bh * num_chunks * M + log_slot
-        for i in range(0, num_chunks):
-            own, decay = _load_step(at_log, at_decay + log_slot, last - i, M, M, log_ok)
-            if EMPTY != 2:
-                own = tl.zeros((BE,), tl.float32)
-            d_log = _take_step(at_log, last - i, M, log_ok, d_log, own, tl.where(decay >= 0, 1.0, -1.0))
-        tl.store(initial_gradient + log_column, d_log, mask=log_ok)
+    column = tl.arange(0, BD)
+    ok = column < D
+    at_ends = (bh * M + slot) * (D + 1)
+    gradient = tl.zeros((BD,), tl.float32)
+    log = tl.full((), 0.0, tl.float32)
+    if HAS_FINAL:
+        gradient = tl.load(final_gradient + at_ends + column, mask=ok, other=0.0)
+        log = tl.load(final_gradient + at_ends + D)
+    at = state_gradient + (bh * num_chunks * M + slot) * D + column
+    at_decay = chunk_decay + bh * num_chunks * M + slot
+    at_log = log_gradient + bh * num_chunks * M + slot
+    step = tl.full((), M * D, tl.int64)
+    for i in range(0, num_chunks, 8):
+        n = num_chunks - 1 - i
+        own0, log0, decay0 = _load_step(at, at_log, at_decay, n - 0, step, M, ok, EMPTY)
+        own1, log1, decay1 = _load_step(at, at_log, at_decay, n - 1, step, M, ok, EMPTY)
+        own2, log2, decay2 = _load_step(at, at_log, at_decay, n - 2, step, M, ok, EMPTY)
+        own3, log3, decay3 = _load_step(at, at_log, at_decay, n - 3, step, M, ok, EMPTY)
+        own4, log4, decay4 = _load_step(at, at_log, at_decay, n - 4, step, M, ok, EMPTY)
+        own5, log5, decay5 = _load_step(at, at_log, at_decay, n - 5, step, M, ok, EMPTY)
+        own6, log6, decay6 = _load_step(at, at_log, at_decay, n - 6, step, M, ok, EMPTY)
+        own7, log7, decay7 = _load_step(at, at_log, at_decay, n - 7, step, M, ok, EMPTY)
+        gradient, log = _take_step(at, at_log, n - 0, step, M, ok, gradient, log, own0, log0, decay0, LOG)
+        gradient, log = _take_step(at, at_log, n - 1, step, M, ok, gradient, log, own1, log1, decay1, LOG)
+        gradient, log = _take_step(at, at_log, n - 2, step, M, ok, gradient, log, own2, log2, decay2, LOG)
+        gradient, log = _take_step(at, at_log, n - 3, step, M, ok, gradient, log, own3, log3, decay3, LOG)
+        gradient, log = _take_step(at, at_log, n - 4, step, M, ok, gradient, log, own4, log4, decay4, LOG)
+        gradient, log = _take_step(at, at_log, n - 5, step, M, ok, gradient, log, own5, log5, decay5, LOG)
+        gradient, log = _take_step(at, at_log, n - 6, step, M, ok, gradient, log, own6, log6, decay6, LOG)
+        gradient, log = _take_step(at, at_log, n - 7, step, M, ok, gradient, log, own7, log7, decay7, LOG)
+    tl.store(initial_gradient + at_ends + column, gradient, mask=ok)
+    tl.store(initial_gradient + at_ends + D, log)
 
 
 @triton.jit
@@ -107,6 +110,7 @@ def slot_backward_writes(
     GATE_FLOOR: tl.constexpr,
     GATE_DOT: tl.constexpr,
     DOCS: tl.constexpr,
+    LOG: tl.constexpr,
 ):
     """Adds what later chunks give to the tokens written in a chunk: through the slots after the chunk, whose gradient is known."""
     n = tl.program_id(0)
@@ -146,7 +150,8 @@ def slot_backward_writes(
         held_before = tl.sum(s1.to(tl.float32) * d1.to(tl.float32) + s2.to(tl.float32) * d2.to(tl.float32), 1)
         held_before += tl.sum(sv.to(tl.float32) * dsv.to(tl.float32), 1)
         held_before = tl.where(continues, held_before * tl.exp(tl.sum(floored, 0)), 0.0)
-        held_before += tl.load(log_gradient + (bh * num_chunks + n) * M + slot, mask=slot_ok, other=0.0)
+        if LOG:
+            held_before += tl.load(log_gradient + (bh * num_chunks + n) * M + slot, mask=slot_ok, other=0.0)
 
         weight = to_decay_dtype(strength * to_end, k1)
         dk1 = tl.dot(weight, d1, dk1, input_precision="tf32x3")
@@ -177,8 +182,8 @@ def backward_writes(problem: Problem, states: ChunkStates, gradients: Gradients,
     width = p.key_dim + p.value_dim
     heads = p.batch * p.kv_heads
     d_initial = torch.empty(heads, p.num_slots, width + 1, dtype=torch.float32, device=p.q.device)
-    elements = 512
-    compose_state_gradients[(triton.cdiv(p.num_slots * width, elements) + 1, heads)](
+    uses_log = d_final is not None or p.empty_slots == "weight"
+    compose_state_gradients[(p.num_slots, heads)](
         d.states,
         d.logs,
         states.chunk_decay,
@@ -187,10 +192,11 @@ def backward_writes(problem: Problem, states: ChunkStates, gradients: Gradients,
         p.num_chunks,
         M=p.num_slots,
         D=width,
-        BE=elements,
+        BD=triton.next_power_of_2(width),
         HAS_FINAL=d_final is not None,
-        EMPTY={"attend": 0, "mask": 1, "weight": 2}[p.empty_slots],
-        num_warps=2,
+        EMPTY=p.EMPTY,
+        LOG=uses_log,
+        num_warps=1,
     )
     slot_backward_writes[(p.num_chunks, heads)](
         p.k,
@@ -210,6 +216,7 @@ def backward_writes(problem: Problem, states: ChunkStates, gradients: Gradients,
         p.window,
         p.num_chunks,
         **p.tile_constants("H K V M C BM HALF GATE_FLOOR GATE_DOT DOCS"),
+        LOG=uses_log,
         num_warps=4,
         num_stages=1,
     )

@@ -14,10 +14,13 @@ class Tiles:
     block: int
     slots: int  # slots taken at a time
     window: int  # window rows taken at a time
+    state_columns: int = 64
+    scan_warps: int = 4
     forward_warps: int = 4
     read_warps: int = 8
     query_warps: int = 4
     key_warps: int = 8
+    scan_stages: int = 3
     forward_stages: int = 2
     read_stages: int = 1
     query_stages: int = 2
@@ -93,7 +96,7 @@ class Problem:
 
     @property
     def state_columns(self) -> int:
-        return 64
+        return self.tiles.state_columns
 
     @property
     def start(self) -> Tensor:
@@ -108,6 +111,10 @@ class Problem:
     @property
     def DOCS(self) -> int:
         return 0 if self.start_or_none is None else self.start_or_none.dim()
+
+    @property
+    def EMPTY(self) -> int:
+        return {"attend": 0, "mask": 1, "weight": 2}[self.empty_slots]
 
     @property
     def GATE_FLOOR(self) -> float:
@@ -134,7 +141,7 @@ class Problem:
             "HALF": self.rotated_pairs or self.key_dim // 2,
             "GATE_FLOOR": self.GATE_FLOOR,
             "GATE_DOT": self.GATE_DOT,
-            "EMPTY": {"attend": 0, "mask": 1, "weight": 2}[self.empty_slots],
+            "EMPTY": self.EMPTY,
             "DOCS": self.DOCS,
             "ROPE": self.cos is not None,
             "WINDOW": self.attend_window and self.window > 0,

@@ -44,6 +44,7 @@ def scan_segments(
     BM: tl.constexpr,
     BD: tl.constexpr,
     GATE_FLOOR: tl.constexpr,
+    GATE_DOT: tl.constexpr,
     DOCS: tl.constexpr,
     FIRST_PASS: tl.constexpr,
 ):
@@ -95,15 +96,12 @@ def scan_segments(
         last_first = tl.max(first, 0)  # the document of the chunk's last query: documents come in order
         row = held + t0 - W + index  # extended row written at each query
         kept = (row >= first) & (t0 + index < T) & (first == last_first)
-        next_first = load_starts(start, b, t0, index + 1, T, DOCS)
-        next_kept = (index + 1 < C) & (row + 1 >= next_first) & (t0 + index + 1 < T) & (next_first == last_first)
-
         base = b * E + held + t0 - W
         gates = g + base * (H * M) + h * M + slot[:, None] + index[None, :] * (H * M)
         gate = tl.load(gates, mask=slot_ok[:, None] & kept[None, :], other=0.0)
-        next_gate = tl.load(gates + H * M, mask=slot_ok[:, None] & next_kept[None, :], other=0.0)
         floored = tl.maximum(gate, GATE_FLOOR)
-        after = tl.cumsum(tl.maximum(next_gate, GATE_FLOOR), axis=1, reverse=True)  # decays of the writes that follow in the chunk
+        behind = tl.where(index[:, None] > index[None, :], 1.0, 0.0)
+        after = tl.dot(floored, behind, input_precision=GATE_DOT)  # log-gates of the writes that follow in the chunk
         weight = write_strength(floored) * tl.exp(after)
         values = tl.load(x + (base * H + h) * dim + index[:, None] * (H * dim) + x_column[None, :], mask=kept[:, None], other=0.0)
         if values.dtype == tl.float16:  # a weight may be far below fp16's smallest number
@@ -114,7 +112,7 @@ def scan_segments(
         continues = continues_state(last_first, held, t0)
         decay = tl.where(continues, tl.exp(total), 0.0)
         state = tl.where(continues, state * decay[:, None], 0.0) + update
-        if not FIRST_PASS:
+        if not FIRST_PASS:  # noqa: SIM102 (one condition is known when compiling, the other is not)
             if keeps_log:
                 tl.store(state_log + at_chunk * M + slot, log_mass, mask=slot_ok)
                 carried = tl.where(continues, decay, -1.0)
@@ -140,6 +138,22 @@ def scan_segments(
 
 
 @triton.jit
+def _load_segment(at, at_log, at_decay, segment, num_segments, M: tl.constexpr, D: tl.constexpr, ok):
+    there = segment < num_segments
+    update = tl.load(at + segment * (M * D), mask=ok & there, other=0.0)
+    return update, tl.load(at_log + segment * M, mask=there, other=0.0), tl.load(at_decay + segment * M, mask=there, other=0.0)
+
+
+@triton.jit
+def _take_segment(at, at_log, segment, num_segments, M: tl.constexpr, D: tl.constexpr, ok, state, log_mass, update, log_update, log_decay):
+    tl.store(at + segment * (M * D), state, mask=ok & (segment < num_segments))
+    tl.store(at_log + segment * M, log_mass, mask=segment < num_segments)
+    resets = log_decay == float("-inf")
+    state = tl.where(resets, 0.0, state * tl.exp(log_decay)) + update
+    return state, tl.where(resets, 0.0, log_mass) + log_update
+
+
+@triton.jit
 def compose_segments(
     updates,
     update_logs,
@@ -147,36 +161,33 @@ def compose_segments(
     initial,  # [B*H, M, K+V+1]
     num_segments,
     M: tl.constexpr,
-    K: tl.constexpr,
-    V: tl.constexpr,
-    BM: tl.constexpr,
-    BD: tl.constexpr,
+    D: tl.constexpr,  # K + V
+    BD: tl.constexpr,  # the power of two that holds D
     HAS_INITIAL: tl.constexpr,
 ):
-    """Replaces the update of each segment by the slots before it."""
-    slot = tl.program_id(0) * BM + tl.arange(0, BM)
-    column = tl.program_id(1) * BD + tl.arange(0, BD)
-    bh = tl.program_id(2).to(tl.int64)
-    slot_ok = slot < M
-    keeps_log = tl.program_id(1) == 0
-    state = tl.zeros((BM, BD), tl.float32)
-    log_mass = tl.zeros((BM,), tl.float32)
+    """Replaces the update of each segment by the slots before it. One program per slot; four segments are loaded at a time."""
+    slot = tl.program_id(0)
+    bh = tl.program_id(1).to(tl.int64)
+    column = tl.arange(0, BD)
+    ok = column < D
+    state = tl.zeros((BD,), tl.float32)
+    log_mass = 0.0
     if HAS_INITIAL:
-        at_slots = initial + (bh * M + slot) * (K + V + 1)
-        state = tl.load(at_slots[:, None] + column[None, :], mask=slot_ok[:, None], other=0.0)
-        log_mass = tl.load(at_slots + K + V, mask=slot_ok, other=0.0)
-    for segment in range(0, num_segments):
-        slots = (bh * num_segments + segment) * M + slot
-        at = updates + slots[:, None] * (K + V) + column[None, :]
-        update = tl.load(at, mask=slot_ok[:, None], other=0.0)
-        tl.store(at, state, mask=slot_ok[:, None])
-        log_decay = tl.load(decay_log + slots, mask=slot_ok, other=0.0)
-        resets = log_decay == float("-inf")
-        state = tl.where(resets[:, None], 0.0, state * tl.exp(log_decay)[:, None]) + update
-        if keeps_log:
-            log_update = tl.load(update_logs + slots, mask=slot_ok, other=0.0)
-            tl.store(update_logs + slots, log_mass, mask=slot_ok)
-            log_mass = tl.where(resets, 0.0, log_mass) + log_update
+        at_initial = initial + (bh * M + slot) * (D + 1)
+        state = tl.load(at_initial + column, mask=ok, other=0.0)
+        log_mass = tl.load(at_initial + D)
+    at = updates + (bh * num_segments * M + slot) * D + column
+    at_log = update_logs + bh * num_segments * M + slot
+    at_decay = decay_log + bh * num_segments * M + slot
+    for i in range(0, num_segments, 4):
+        update0, log0, decay0 = _load_segment(at, at_log, at_decay, i, num_segments, M, D, ok)
+        update1, log1, decay1 = _load_segment(at, at_log, at_decay, i + 1, num_segments, M, D, ok)
+        update2, log2, decay2 = _load_segment(at, at_log, at_decay, i + 2, num_segments, M, D, ok)
+        update3, log3, decay3 = _load_segment(at, at_log, at_decay, i + 3, num_segments, M, D, ok)
+        state, log_mass = _take_segment(at, at_log, i, num_segments, M, D, ok, state, log_mass, update0, log0, decay0)
+        state, log_mass = _take_segment(at, at_log, i + 1, num_segments, M, D, ok, state, log_mass, update1, log1, decay1)
+        state, log_mass = _take_segment(at, at_log, i + 2, num_segments, M, D, ok, state, log_mass, update2, log2, decay2)
+        state, log_mass = _take_segment(at, at_log, i + 3, num_segments, M, D, ok, state, log_mass, update3, log3, decay3)
 
 
 class ChunkStates(NamedTuple):
@@ -198,7 +209,7 @@ class SegmentStarts(NamedTuple):
     chunks_per_segment: int
 
 
-_PROGRAMS = 1024  # enough to fill any chip of today several times
+_PROGRAMS = 512  # enough to fill any chip of today several times
 _LEAST_CHUNKS = 8  # shorter segments cost more in composing than they gain
 
 
@@ -221,20 +232,17 @@ def segment_starts(problem: Problem, initial: Tensor | None) -> SegmentStarts:
     logs = torch.empty(heads, segments, p.num_slots, **options)
     decays = torch.empty_like(logs)
     _scan(p, SegmentStarts(slots, logs, length), decays, None, first_pass=True)
-    columns = 64
-    compose_segments[(triton.cdiv(p.num_slots, 16), width // columns, heads)](
+    compose_segments[(p.num_slots, heads)](
         slots,
         logs,
         decays,
         slots if initial is None else initial,
         segments,
         M=p.num_slots,
-        K=p.key_dim,
-        V=p.value_dim,
-        BM=16,
-        BD=columns,
+        D=width,
+        BD=triton.next_power_of_2(width),
         HAS_INITIAL=initial is not None,
-        num_warps=4,
+        num_warps=1,
     )
     return SegmentStarts(slots, logs, length)
 
@@ -289,8 +297,9 @@ def _scan(p: Problem, starts: SegmentStarts, decays: Tensor, states: ChunkStates
         BM=p.BM,
         BD=p.state_columns,
         GATE_FLOOR=p.GATE_FLOOR,
+        GATE_DOT=p.GATE_DOT,
         DOCS=p.DOCS,
         FIRST_PASS=first_pass,
-        num_warps=4,
-        num_stages=3,
+        num_warps=p.tiles.scan_warps,
+        num_stages=p.tiles.scan_stages,
     )
