@@ -96,6 +96,25 @@ def test_grouping_of_rows_into_micro_batches_does_not_matter(ranks: RankPool) ->
             assert (result["gradients"][name] - gradient).norm() < 5e-6 * gradient.norm().clamp(min=1e-12), name
 
 
+def loss_after_first_documents(documents: bool) -> list[float]:
+    """Loss sum over the tokens from 29 on, before and after the tokens 0-28 change."""
+    config = tiny_config(training={"global_batch_size": 1})
+    engine = make_engine(config)
+    (batch,) = micro_batches(config, engine.layout, 0, documents=documents)
+    batch.loss_mask[:, :29] = 0
+    before, _ = engine.evaluate([batch])
+    batch.tokens[:, :29] = (batch.tokens[:, :29] + 1) % config.model.vocab_size
+    after, _ = engine.evaluate([batch])
+    return [before, after]
+
+
+def test_documents_reach_the_attention_layers(ranks: RankPool) -> None:
+    ((before, after),) = ranks.run(1, loss_after_first_documents, documents=True)
+    assert before == after
+    ((before, after),) = ranks.run(1, loss_after_first_documents, documents=False)
+    assert before != after
+
+
 def train_and_describe(config: Any) -> dict[str, Any]:
     engine = make_engine(config)
     results = [engine.train_step(micro_batches(config, engine.layout, step), 1e-3) for step in range(3)]
