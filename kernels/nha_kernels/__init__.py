@@ -6,8 +6,18 @@ from .conventions import LOG_GATE_MIN, clamp_log_gates
 from .memory import Memory
 from .operator import Implementation, attention_statistics, nha_attention, register_backend
 from .slot_summary import slot_summary
+from .triton.dispatch import explain_dispatch
 
-__all__ = ["LOG_GATE_MIN", "Memory", "attention_statistics", "clamp_log_gates", "nha_attention", "register_backend", "slot_summary"]
+__all__ = [
+    "LOG_GATE_MIN",
+    "Memory",
+    "attention_statistics",
+    "clamp_log_gates",
+    "explain_dispatch",
+    "nha_attention",
+    "register_backend",
+    "slot_summary",
+]
 
 
 def _load_triton() -> Implementation:
@@ -17,4 +27,4 @@ def _load_triton() -> Implementation:
 
 
 if importlib.util.find_spec("triton") is not None:  # comes with the CUDA builds of torch
-    register_backend("triton", _load_triton)
+    register_backend("triton", _load_triton, handles_gates=True)

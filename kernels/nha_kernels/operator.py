@@ -2,6 +2,7 @@
 
 import itertools
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, Literal, Protocol, overload
 
 import torch
@@ -35,7 +36,16 @@ class Implementation(Protocol):
     ) -> tuple[Tensor, Memory]: ...
 
 
-_BACKENDS: dict[str, Callable[[], Implementation]] = {"reference": lambda: reference_attention, "torch": lambda: chunked_attention}
+@dataclass(frozen=True)
+class _Backend:
+    """`load` returns the implementation. `refuses`, where `auto` may choose the backend, says why it does not serve a call, or None."""
+
+    load: Callable[[], Implementation]
+    refuses: Callable[[Tensor, Tensor, Tensor, Tensor, int | None], str | None] | None = None
+    handles_gates: bool = False  # clamps the gates itself, and always gives them a gradient
+
+
+_BACKENDS: dict[str, _Backend] = {"reference": _Backend(lambda: reference_attention), "torch": _Backend(lambda: chunked_attention)}
 
 
 @overload
@@ -118,13 +128,14 @@ def nha_attention(
         ValueError: shapes, dtypes or options that do not fit, with what was given and what is allowed.
     """
     _check(q, k, v, g, window, rope, empty_slots, cu_seqlens, memory)
-    implementation = _implementation(backend)
-    g = clamp_log_gates(g)
+    chosen = _choose_backend(backend, q, k, v, g, window)
+    if not chosen.handles_gates:
+        g = clamp_log_gates(g)
     if q.shape[1] == 0:
         output = q.new_zeros(*q.shape[:3], v.shape[-1])
         new_memory = memory or _empty_memory_like(q, k, v, g, window)
     else:
-        output, new_memory = implementation(
+        output, new_memory = chosen.load()(
             q,
             k,
             v,
@@ -137,7 +148,8 @@ def nha_attention(
             cu_seqlens=cu_seqlens,
             memory=memory,
         )
-        output = _KeepInGraph.apply(output, g)
+        if not chosen.handles_gates:
+            output = _KeepInGraph.apply(output, g)
     return (output, new_memory) if return_memory else output
 
 
@@ -180,20 +192,35 @@ def attention_statistics(
     return {"slot_share": slot_share(slots, tokens).mean(), "mean_decay": 1 - strength, "write_strength": strength}
 
 
-def register_backend(name: str, load: Callable[[], Implementation]) -> None:
+def register_backend(
+    name: str,
+    load: Callable[[], Implementation],
+    refuses: Callable[[Tensor, Tensor, Tensor, Tensor, int | None], str | None] | None = None,
+    *,
+    handles_gates: bool = False,
+) -> None:
     """Offer a further implementation. `load` returns it and is called when the backend is used, so its imports can wait.
 
+    With `refuses(q, k, v, g, window)`, the reason why it does not serve a call or None, `auto` takes it for the calls that it serves.
     Backends register themselves from `nha_kernels/__init__.py`: this module and what it imports must stay plain PyTorch, because
     exported Hugging Face models carry its source.
     """
-    _BACKENDS[name] = load
+    _BACKENDS[name] = _Backend(load, refuses, handles_gates)
 
 
-def _implementation(backend: str) -> Implementation:
-    name = "torch" if backend == "auto" else backend
-    if name not in _BACKENDS:
+def _choose_backend(backend: str, q: Tensor, k: Tensor, v: Tensor, g: Tensor, window: int | None) -> _Backend:
+    if backend == "auto":
+        for candidate in _BACKENDS.values():
+            if candidate.refuses is not None and candidate.refuses(q, k, v, g, window) is None:
+                return candidate
+        return _BACKENDS["torch"]
+    if backend not in _BACKENDS:
         raise ValueError(f"backend={backend!r}: allowed are 'auto', {', '.join(map(repr, _BACKENDS))}")
-    return _BACKENDS[name]()
+    chosen = _BACKENDS[backend]
+    reason = None if chosen.refuses is None else chosen.refuses(q, k, v, g, window)
+    if reason is not None:
+        raise ValueError(f"backend={backend!r} does not serve this call: {reason}. Use backend='auto'")
+    return chosen
 
 
 def _empty_memory_like(q: Tensor, k: Tensor, v: Tensor, g: Tensor, window: int | None) -> Memory:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from ..conventions import clamp_log_gates
 from ..memory import Memory
 from ..sequence import ExtendedSequence, extend_sequence
 from .backward_reads import backward_reads
@@ -124,6 +125,19 @@ def triton_attention(
 ) -> tuple[Tensor, Memory]:
     """Arguments as `nha_attention`; dispatch has checked that the kernels serve them."""
     assert window is not None
+    options = _Options(
+        held=0 if memory is None else memory.window_keys.shape[1],
+        window=window,
+        scale=scale,
+        empty_slots=empty_slots,
+        rope_attention_factor=rope_attention_factor,
+        tiles=choose_tiles(q, k, v, g, window),
+    )
+    if memory is None and cu_seqlens is None:  # nothing to prepare: no launch besides the kernels
+        out, final = _FusedAttention.apply(q, k, v, g, None, None, rope, options)
+        tail = slice(max(0, k.shape[1] - window), k.shape[1])
+        length = torch.full((k.shape[0],), k.shape[1], dtype=torch.int64, device=k.device)
+        return out, _memory(final, (k[:, tail], v[:, tail], clamp_log_gates(g[:, tail])), length, k.shape[-1], window)
     sequence = extend_sequence(k, v, g, window=window, cu_seqlens=cu_seqlens, memory=memory)
     initial = None
     if memory is not None:
@@ -132,16 +146,17 @@ def triton_attention(
     if initial is not None and sequence.documents is not None and cu_seqlens is not None:
         # The memory belongs to the first document, which may have no token here.
         initial = torch.where(sequence.documents[:, sequence.held, None, None, None] == 0, initial, 0.0)
-    options = _Options(
-        held=sequence.held,
-        window=window,
-        scale=scale,
-        empty_slots=empty_slots,
-        rope_attention_factor=rope_attention_factor,
-        tiles=choose_tiles(q, k, v, g, window),
-    )
     out, final = _FusedAttention.apply(q, sequence.keys, sequence.values, sequence.log_gates, initial, start, rope, options)
-    return out, _next_memory(sequence, final, k.shape[-1], window)
+    if sequence.documents is not None and sequence.num_documents > 1:  # a last document without tokens leaves empty slots
+        belongs = sequence.documents[:, -1] == sequence.num_documents - 1
+        final = torch.where(belongs[:, None, None, None], final, 0.0)
+    keys, values, log_gates = sequence.window_tail()
+    length = sequence.length.expand(final.shape[0]).clone()
+    return out, _memory(final, (keys, values, clamp_log_gates(log_gates)), length, k.shape[-1], window)
+
+
+def _memory(final: Tensor, tail: tuple[Tensor, Tensor, Tensor], length: Tensor, key_dim: int, window: int) -> Memory:
+    return Memory(final[..., :key_dim], final[..., key_dim:-1], final[..., -1], *tail, length, window)
 
 
 def _document_starts(sequence: ExtendedSequence, cu_seqlens: Tensor | None, memory: Memory | None) -> Tensor | None:
@@ -158,11 +173,3 @@ def _document_starts(sequence: ExtendedSequence, cu_seqlens: Tensor | None, memo
     boundaries = cu_seqlens.to(device=sequence.keys.device, dtype=torch.int64)
     documents = sequence.query_documents
     return torch.where(documents == 0, begin[:, None], boundaries[documents] + held).to(torch.int32)
-
-
-def _next_memory(sequence: ExtendedSequence, final: Tensor, key_dim: int, window: int) -> Memory:
-    if sequence.documents is not None and sequence.num_documents > 1:  # a last document without tokens leaves empty slots
-        belongs = sequence.documents[:, -1] == sequence.num_documents - 1
-        final = torch.where(belongs[:, None, None, None], final, 0.0)
-    slots = (final[..., :key_dim], final[..., key_dim:-1], final[..., -1])
-    return Memory(*slots, *sequence.window_tail(), sequence.length.expand(final.shape[0]).clone(), window)

@@ -1,12 +1,23 @@
-"""Which kernels serve a call, and with which tiles: one static table, no tuning at run time."""
+"""Which kernels serve a call, and with which tiles: one static table, no tuning at run time.
+
+Tuning at run time picks different kernels on different ranks and after a restart. Every choice that this table can make is compared with
+float64 on the GPU by `kernels/benchmarks/check.py`; what fails there is refused here, with the reason. Needs no triton to be imported.
+"""
+
+import importlib.util
+import os
 
 import torch
 from torch import Tensor
 
 from .problem import Tiles
 
+_WIDEST_WINDOW = 512
+_LARGEST_GROUP = 8  # 16 tokens of a group are the rows of a tile
+
 
 def choose_tiles(q: Tensor, k: Tensor, v: Tensor, g: Tensor, window: int) -> Tiles:
+    """Tiles for a call that `refusal` lets pass."""
     exact = q.dtype == torch.float32
     wide = max(q.shape[3], v.shape[3]) > 128
     most = 16 if exact else 32 if wide else 64
@@ -18,3 +29,37 @@ def choose_tiles(q: Tensor, k: Tensor, v: Tensor, g: Tensor, window: int) -> Til
         read_warps=4 if exact else 8,
         key_warps=4 if exact else 8,
     )
+
+
+def refusal(q: Tensor, k: Tensor, v: Tensor, g: Tensor, window: int | None) -> str | None:
+    """Why the kernels do not serve a call; None if they do."""
+    dims, slots, group = (q.shape[3], v.shape[3]), g.shape[3], q.shape[2] // k.shape[2]
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    if importlib.util.find_spec("triton") is None:
+        return "the package triton is not installed"
+    if q.device.type != "cuda" and not interpreted:
+        return f"the kernels run on CUDA devices, the tensors are on {q.device.type}"
+    if q.device.type == "cuda" and torch.cuda.get_device_capability(q.device) < (8, 0):
+        return "the kernels need compute capability 8.0 or newer"
+    if q.dtype not in (torch.bfloat16, torch.float16, torch.float32):
+        return f"the kernels take bfloat16, float16 and float32, not {q.dtype}"
+    if not set(dims) <= {64, 128, 256}:
+        return f"K and V must be 64, 128 or 256, given {dims}"
+    if q.dtype == torch.float32 and max(dims) > 128:
+        return f"in float32 K and V are at most 128, given {dims}: the tiles exceed shared memory"
+    if slots % 16 or not 16 <= slots <= 256:
+        return f"M must be a multiple of 16 from 16 to 256, given {slots}"
+    if group > _LARGEST_GROUP:
+        return f"at most {_LARGEST_GROUP} query heads share a KV head, given {group}"
+    if window is None or window > _WIDEST_WINDOW:
+        return f"windows are at most {_WIDEST_WINDOW} tokens, given {'full attention' if window is None else window}"
+    return None
+
+
+def explain_dispatch(q: Tensor, k: Tensor, v: Tensor, g: Tensor, *, window: int | None) -> str:
+    """What `nha_attention(q, k, v, g, window=window, backend="auto")` runs, and why: one line."""
+    reason = refusal(q, k, v, g, window)
+    if reason is not None:
+        return f"torch: {reason}"
+    assert window is not None
+    return f"triton: {choose_tiles(q, k, v, g, window)}"
