@@ -20,7 +20,13 @@ from torch import Tensor, nn
 from nha_megatron.attention.documents import Documents
 from nha_megatron.config import ConfigError
 from nha_megatron.engine.base import StepResult
-from nha_megatron.engine.checkpoint_remedies import create_adam_state, distributed_optimizers, pass_step_on, separate_steps
+from nha_megatron.engine.checkpoint_remedies import (
+    create_adam_state,
+    distributed_optimizers,
+    keep_bucket_padding,
+    pass_step_on,
+    separate_steps,
+)
 from nha_megatron.engine.layout import Layout
 from nha_megatron.model.build import build_model
 from nha_megatron.model.initialize import initialize_weights
@@ -51,6 +57,7 @@ class MegatronEngine:
         self.model_chunks: list[nn.Module] = self._wrap(chunks)
         self.optimizer = self._make_optimizer()
         pass_step_on(self.optimizer)
+        keep_bucket_padding(self.optimizer)
         megatron_config = chunks[0].config
         megatron_config.finalize_model_grads_func = finalize_model_grads
         megatron_config.grad_scale_func = None  # bfloat16 needs no loss scale
