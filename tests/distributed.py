@@ -48,8 +48,12 @@ class RankPool:
     """Runs functions on N ranks of one `torch.distributed` process group."""
 
     def __init__(self) -> None:
-        self._context = multiprocessing.get_context("forkserver")
-        self._context.set_forkserver_preload(PRELOAD)
+        import torch
+
+        # A CUDA context does not survive a fork, and importing Megatron may make one.
+        self._context: Any = multiprocessing.get_context("spawn" if torch.cuda.is_available() else "forkserver")
+        if not torch.cuda.is_available():
+            self._context.set_forkserver_preload(PRELOAD)
         self._workers: list[_Worker] = []
 
     def run(

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+import nha_megatron
 from nha_megatron.checkpoint.files import MANIFEST, CheckpointError, write_atomically
 
 FORMAT = "nha_megatron/torch_dist"
@@ -122,7 +123,7 @@ def file_sha256(path: Path, sync: bool = False) -> str:
 def versions() -> dict[str, str]:
     """Versions of everything that decides what a checkpoint looks like."""
     return {
-        "nha_megatron": metadata.version("nha-megatron"),
+        "nha_megatron": nha_megatron.__version__,  # not from its metadata: it may run uninstalled, from PYTHONPATH
         "megatron_core": metadata.version("megatron-core"),
         "torch": torch.__version__,
         "python": platform.python_version(),

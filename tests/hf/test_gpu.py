@@ -10,7 +10,7 @@ from tests.hf.hf_cases import hf_model, random_tokens, tiny_model
 @pytest.mark.parametrize("options", [{}, {"num_beams": 2}, {"prefill_chunk_size": 3}], ids=str)
 def test_left_padded_generation_equals_the_cpu(options: dict) -> None:
     # Sizes that the fast kernels take, too.
-    model = hf_model(tiny_model(head_dim=32, num_slots=16, window="16,full"))
+    model = hf_model(tiny_model(head_dim=32, num_slots=16, window="16,full,0"))
     tokens, mask = random_tokens(3, 40), torch.ones(3, 40, dtype=torch.long)
     mask[0, :7] = mask[2, :33] = 0
     options = {"max_new_tokens": 6, "do_sample": False, "attention_mask": mask, **options}
@@ -21,7 +21,7 @@ def test_left_padded_generation_equals_the_cpu(options: dict) -> None:
 
 @pytest.mark.gpu
 def test_bfloat16_prefill_in_pieces_stays_close_to_one_call() -> None:
-    model = hf_model(tiny_model(head_dim=32, num_slots=16, window="16,full")).to("cuda", torch.bfloat16)
+    model = hf_model(tiny_model(head_dim=32, num_slots=16, window="16,full,0")).to("cuda", torch.bfloat16)
     tokens = random_tokens(2, 70).cuda()
     with torch.no_grad():
         whole = model(tokens, use_cache=False).logits.float()
