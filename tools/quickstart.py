@@ -11,11 +11,12 @@ from __future__ import annotations
 import argparse
 import os
 import shlex
-import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+
+import psutil
 
 from nha_megatron.config import ConfigError, RunConfig, load_config
 
@@ -73,28 +74,26 @@ def prepare_data(config: RunConfig) -> None:
 
 
 def train_with_one_interruption(path: str, overrides: list[str], config: RunConfig) -> None:
-    """Kill the run without warning once it is past a checkpoint, then start the same command again: it resumes."""
+    """Kill the run without warning once it has a checkpoint, then start the same command again: it resumes."""
     processes = number_of_processes()
     launcher = ("-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}")
     command = [*launcher, "-m", "nha_megatron", "pretrain", path, *overrides]
     environment = os.environ | {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))}
-    checkpoints = config.checkpoint_directory
-    wanted = checkpoints / f"step_{config.training.steps // config.checkpoint.every // 2 * config.checkpoint.every}"
+    half_way = config.training.steps // config.checkpoint.every // 2 * config.checkpoint.every
+    checkpoint = config.checkpoint_directory / f"step_{half_way}"
     announce(command)
-    training = subprocess.Popen([sys.executable, *command], env=environment, start_new_session=True)
+    training = psutil.Popen([sys.executable, *command], env=environment)
     try:
-        while training.poll() is None and not wanted.exists():
-            time.sleep(0.2)
-        if training.poll() is None:
-            time.sleep(3)  # some steps past the checkpoint, which the resumed run has to do again
-            os.killpg(training.pid, signal.SIGKILL)
-            training.wait()
-            print(f"\nkilled after {wanted}; the same command again resumes from there", flush=True)
-        elif training.returncode:
-            sys.exit(training.returncode)
+        while training.poll() is None and not checkpoint.exists():
+            time.sleep(0.05)
     finally:
-        if training.poll() is None:
-            os.killpg(training.pid, signal.SIGTERM)
+        # The launcher's ranks have sessions of their own, so each is killed by name; the launcher first, or it would report them.
+        for process in [training, *training.children(recursive=True)] if training.poll() is None else []:
+            process.kill()
+        status = training.wait()
+    if not checkpoint.exists():
+        sys.exit(status)
+    print(f"\nkilled after {checkpoint}; the same command again resumes from there", flush=True)
     announce(command)
     status = subprocess.run([sys.executable, *command], env=environment).returncode
     if status:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import closing
 from typing import Any
 
 import pytest
@@ -24,7 +25,9 @@ def train_from(weights: dict[str, torch.Tensor], training: dict[str, Any]) -> li
 
 
 def test_cuda_trains_like_the_cpu(ranks: RankPool) -> None:
-    (cpu,) = ranks.run(1, train, config=tiny_config())
+    # In a process of its own: a process that trained on the CPU keeps the remedies for it.
+    with closing(RankPool()) as cpu_ranks:
+        (cpu,) = cpu_ranks.run(1, train, config=tiny_config())
     (losses,) = ranks.run(1, train_from, backend="nccl", weights=cpu["weights"], training=CUDA)
     # Other kernels, and on CUDA possibly tf32 (10 bits) in the attention: 1e-3 of each logit, averaged over 256 tokens.
     assert losses == pytest.approx(cpu["losses"], rel=2e-3)
