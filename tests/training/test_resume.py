@@ -25,7 +25,7 @@ RUNS: dict[str, dict[str, dict[str, Any]]] = {
     "pp2_tied": {"parallel": {"pipeline": 2}, "model": {"tie_embeddings": True}},
     "cp2": {"parallel": {"context": 2}},
 }
-SLOW = ("pp2_interleaved", "pp2_tied")
+SLOW = ("pp2", "pp2_interleaved")  # the default tier has pp2_tied
 VALIDATION = {"validate_every": 2, "validate_batches": 2}
 
 # Two layouts sum the same products in another order. fp32 rounds at 6e-8; a few hundred terms, two layers and six Adam
@@ -93,7 +93,7 @@ TP2_SP = {"tensor": 2, "sequence": True}
         ("cp2", 1, {}),
         ("tp2_sp", 2, {"pipeline": 2}),
         pytest.param("pp2_interleaved", 2, TP2_SP, marks=pytest.mark.slow),
-        pytest.param("pp2_tied", 2, TP2_SP, marks=pytest.mark.slow),
+        ("pp2_tied", 2, TP2_SP),
     ],
     ids=["dp2_to_tp2", "cp2_to_one", "tp2_to_pp2", "pp2_interleaved_to_tp2", "pp2_tied_to_tp2"],
 )
