@@ -85,9 +85,7 @@ class SiteConfig(Section):
     def _consistent(self) -> SiteConfig:
         problems = []
         if self.gpus_per_node and self.processes > self.gpus_per_node:
-            problems.append(
-                f"processes_per_node {self.processes} is more than gpus_per_node {self.gpus_per_node}; one process needs one GPU"
-            )
+            problems.append(f"processes_per_node {self.processes} is more than gpus_per_node {self.gpus_per_node}; each needs one")
         problems += [
             f"environment name {name!r}: use letters, digits and _"
             for name in self.environment

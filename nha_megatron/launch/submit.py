@@ -87,15 +87,14 @@ def hand_over(script: Path, chain: int) -> list[str]:
 def instructions(job: Submission, site: SiteConfig, jobs: Sequence[str]) -> str:
     """How to follow, stop and resume."""
     first, every = jobs[0], " ".join(jobs)
+    what, then = ("job", "no requeue") if len(jobs) == 1 else ("chain of jobs", "the rest of the chain does nothing")
     lines = [
-        f"submitted: {'job' if len(jobs) == 1 else 'chain of jobs'} {every}, {job.nodes} nodes, {job.time}; snapshot in {job.folder}",
+        f"submitted: {what} {every}, {job.nodes} nodes, {job.time}; snapshot in {job.folder}",
         f"follow:    squeue -j {','.join(jobs)}; tail -F {job.log.replace('%j', first)}; tail -F {job.run_folder}/metrics.jsonl",
-        f"stop:      scancel --signal=TERM --batch {first}     (saves after the current step; {'the chain stops' if len(jobs) > 1 else 'no requeue'})",
+        f"stop:      scancel --signal=TERM --batch {first}     (saves after the current step; {then})",
     ]
     if site.requeue:
-        lines.append(
-            f"pause:     scancel --signal=USR1 --batch {first}     (saves, requeues the job and goes on: also what the time limit does)"
-        )
+        lines.append(f"pause:     scancel --signal=USR1 --batch {first}     (saves and is requeued, as at the time limit)")
     lines += [
         f"kill:      scancel {every}     (loses the steps since the last checkpoint)",
         "resume:    the same submit command again: it continues from the newest checkpoint",
