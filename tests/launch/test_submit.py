@@ -99,7 +99,7 @@ REFUSED: dict[str, tuple[tuple[str, ...], dict[str, Any], str]] = {
     "time": (("--nodes", "2", "--time", "soon"), {}, "--time 'soon': write minutes"),
     "less time than the warning": (("--nodes", "2", "--time", "5"), {}, "less than half of its time"),
     "chain where requeue works": ((*TWO, "--chain", "2"), {}, "this site requeues jobs"),
-    "cpu on a GPU site": ((*TWO, "training.device=cpu"), {"gpus_per_node": 8}, "the site gives 8 GPUs a node"),
+    "cpu on a GPU site": ((*TWO, "training.device=cpu"), {"gpus_per_node": 1}, "the site gives 1 GPUs a node"),
     "cuda on a CPU site": ((*TWO, "training.device=cuda"), {}, "gpus_per_node of the site is 0"),
     "site key": (TWO, {"partitoin": "gpu"}, "partitoin: unknown key; did you mean 'partition'?"),
     "site type": (TWO, {"gpus_per_node": "eight"}, "gpus_per_node: given 'eight', must be a whole number"),
