@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from nha_megatron.hf.export import export_to_hf
 from tests.distributed import RankPool
 from tests.training import small_run
 
@@ -113,3 +114,8 @@ def test_weights_alone_give_another_curve(ranks: RankPool, folder: Path, straigh
     fresh, whole = small_run.metrics(folder, "fresh"), small_run.metrics(folder, "dp2")
     assert [record["step"] for record in fresh] == [1, 2, 3] and fresh[0]["lr"] == whole[0]["lr"]
     assert fresh[0]["loss"] < whole[0]["loss"] - 0.05  # the same batch, seen by a model that has learned for three steps
+
+    # The same weights, exported to Hugging Face format and taken from there: the same run to the last bit.
+    export_to_hf(start, folder / "exported", with_tokenizer=False)
+    run(ranks, 1, folder, "from_export", model={"init_from": str(folder / "exported")}, training={"steps": 3})
+    assert small_run.losses(folder, "from_export") == small_run.losses(folder, "fresh")
