@@ -101,19 +101,22 @@ def slot_backward_reads(
     at_written = (b * E + held + t0 - W) * H + h
     k1, k2 = load_halves(k + at_written * K, index * H, written, K, HALF)
     values = load_rows(v + at_written * V, index * H, written, V)
-    pairs = visible_pairs(token, first, index, index_first, written, DOCS)
-    at_own = index[None, :] == token[:, None]
+    # Products with the chunk's writes have the writes as their rows: no accumulator is transposed for the gradients of the writes, and
+    # Triton 3.6 reads outside of shared memory for [64, .] @ [., 16] by 8 warps.
+    pairs = tl.trans(visible_pairs(token, first, index, index_first, written, DOCS))
+    at_own = index[:, None] == token[None, :]
+    earlier = pairs & (index[:, None] < token[None, :])
     # The write that a query brings along is read undecayed. It is kept apart: in the gradient of the decays it would cancel, not exactly.
-    scores = dot_halves(q1, q2, k1, k2)
-    own_score = tl.sum(tl.where(pairs & at_own, scores, 0.0), 1)
-    scores = to_decay_dtype(tl.where(pairs & (index[None, :] < token[:, None]), scores, 0.0), q1)
-    value_scores = tl.dot(do, tl.trans(values), input_precision="tf32x3")
-    own_value_score = tl.sum(tl.where(pairs & at_own, value_scores, 0.0), 1)
-    value_scores = to_decay_dtype(tl.where(pairs & (index[None, :] < token[:, None]), value_scores, 0.0), q1)
+    scores = dot_halves(k1, k2, q1, q2)
+    own_score = tl.sum(tl.where(pairs & at_own, scores, 0.0), 0)
+    scores = to_decay_dtype(tl.where(earlier, scores, 0.0), q1)
+    value_scores = tl.dot(values, tl.trans(do), input_precision="tf32x3")
+    own_value_score = tl.sum(tl.where(pairs & at_own, value_scores, 0.0), 0)
+    value_scores = to_decay_dtype(tl.where(earlier, value_scores, 0.0), q1)
     continues = continues_state(first, held, t0)
     at_state = (bh * (num_chunks + 1) + n) * M
-    key_weights = tl.zeros((C * RP, C), tl.float32)  # d logit / d (q . k_written), summed over slots
-    value_weights = tl.zeros((C * RP, C), tl.float32)
+    key_weights = tl.zeros((C, C * RP), tl.float32)  # d logit / d (q . k_written), summed over slots
+    value_weights = tl.zeros((C, C * RP), tl.float32)
     dq1 = tl.zeros((C * RP, K // 2), tl.float32)
     dq2 = tl.zeros((C * RP, K // 2), tl.float32)
     for m in range(0, M, BM):
@@ -123,7 +126,7 @@ def slot_backward_reads(
         floored = tl.maximum(gate, GATE_FLOOR)
         strength = write_strength(floored)
         exponent, from_state = row_decays(token, first, index, index_first, floored, continues, DOCS, GATE_DOT)
-        own_strength = tl.dot(tl.where(at_own, 1.0, 0.0), strength, input_precision=GATE_DOT)
+        own_strength = tl.dot(tl.where(index[None, :] == token[:, None], 1.0, 0.0), strength, input_precision=GATE_DOT)
         s1, s2 = load_halves(state_keys + at_state * K, slot, slot_ok, K, HALF)
         state = load_rows(state_values + at_state * V, slot, slot_ok, V)
         logits = dot_halves(q1, q2, s1, s2) * from_state
@@ -133,8 +136,8 @@ def slot_backward_reads(
                 exponent, token, first, index, index_first, floored, start, b, t0, T, held, block, BLOCK, DOCS, GATE_DOT
             )
             from_write = to_decay_dtype(strength * to_reference, q1)
-            logits += to_row * tl.dot(scores, from_write, input_precision="tf32x3")
-            dp += to_row * tl.dot(value_scores, from_write, input_precision="tf32x3")
+            logits += to_row * tl.dot(tl.trans(scores), from_write, input_precision="tf32x3")
+            dp += to_row * tl.dot(tl.trans(value_scores), from_write, input_precision="tf32x3")
         own_logits = own_score[:, None] * own_strength
         own_dp = own_value_score[:, None] * own_strength
         logits += own_logits
@@ -176,13 +179,13 @@ def slot_backward_reads(
             to_row, to_reference = pair_factors(
                 exponent, token, first, index, index_first, floored, start, b, t0, T, held, block, BLOCK, DOCS, GATE_DOT
             )
-            from_write = tl.trans(to_decay_dtype(strength * to_reference, q1))
+            from_write = to_decay_dtype(strength * to_reference, q1)
             de_row = to_decay_dtype(de * to_row, q1)
             p_row = to_decay_dtype(p * to_row, q1)
-            key_weights = tl.dot(de_row, from_write, key_weights, input_precision="tf32x3")
-            value_weights = tl.dot(p_row, from_write, value_weights, input_precision="tf32x3")
-            received = tl.dot(tl.trans(scores), de_row, input_precision="tf32x3")
-            received = tl.dot(tl.trans(value_scores), p_row, received, input_precision="tf32x3")
+            key_weights = tl.dot(from_write, tl.trans(de_row), key_weights, input_precision="tf32x3")
+            value_weights = tl.dot(from_write, tl.trans(p_row), value_weights, input_precision="tf32x3")
+            received = tl.dot(scores, de_row, input_precision="tf32x3")
+            received = tl.dot(value_scores, p_row, received, input_precision="tf32x3")
             strength_gradient += received * to_reference
         later = (index[None, :] >= index[:, None]) & (index_first[None, :] == index_first[:, None])
         summed = tl.dot(tl.where(later, 1.0, 0.0), exponent_gradient - strength * strength_gradient, input_precision=GATE_DOT)
@@ -192,15 +195,15 @@ def slot_backward_reads(
         tl.store(at_gates, dg, mask=written[:, None] & slot_ok[None, :])
 
     weights = tl.where(pairs, key_weights, 0.0).to(dtype)
-    dq1 = tl.dot(weights, k1, dq1, input_precision="tf32x3")
-    dq2 = tl.dot(weights, k2, dq2, input_precision="tf32x3")
-    store_halves(dq + at_query * K, at_row, row_ok, dq1, dq2, K, HALF)
     turned = tl.trans(weights)
-    dk1 = tl.dot(turned, q1, input_precision="tf32x3")
-    dk2 = tl.dot(turned, q2, input_precision="tf32x3")
+    dq1 = tl.dot(turned, k1, dq1, input_precision="tf32x3")
+    dq2 = tl.dot(turned, k2, dq2, input_precision="tf32x3")
+    store_halves(dq + at_query * K, at_row, row_ok, dq1, dq2, K, HALF)
+    dk1 = tl.dot(weights, q1, input_precision="tf32x3")
+    dk2 = tl.dot(weights, q2, input_precision="tf32x3")
     store_halves(dk_written + at_written * K, index * H, written, dk1, dk2, K, HALF)
     weights = tl.where(pairs, value_weights, 0.0).to(dtype)
-    dv = tl.dot(tl.trans(weights), do, input_precision="tf32x3")
+    dv = tl.dot(weights, do, input_precision="tf32x3")
     at_values = dv_written + at_written * V + index[:, None] * (H * V) + tl.arange(0, V)[None, :]
     tl.store(at_values, dv.to(dv_written.dtype.element_ty), mask=written[:, None])
 

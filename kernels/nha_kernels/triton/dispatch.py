@@ -21,13 +21,17 @@ def choose_tiles(q: Tensor, k: Tensor, v: Tensor, g: Tensor, window: int) -> Til
     exact = q.dtype == torch.float32
     wide = max(q.shape[3], v.shape[3]) > 128
     most = 16 if exact else 32 if wide else 64
+    rows = 16 * (1 << (q.shape[2] // k.shape[2] - 1).bit_length())
+    # No more warps than 16-row pieces of a tile: Triton 3.6 reads outside of shared memory for products [64, .] @ [., 16] by 8 warps.
+    warps = 8 if rows > 64 else 4
     return Tiles(
         chunk=16,
         block=8 if exact else 16,
         slots=min(most, 1 << (g.shape[3] - 1).bit_length()),
         window=min(most, 64 if window > 32 else 32 if window > 16 else 16),
-        read_warps=4 if exact else 8,
-        key_warps=4 if exact else 8,
+        forward_warps=warps,
+        read_warps=warps,
+        query_warps=warps,
     )
 
 

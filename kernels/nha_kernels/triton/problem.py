@@ -17,9 +17,9 @@ class Tiles:
     state_columns: int = 64
     scan_warps: int = 4
     forward_warps: int = 4
-    read_warps: int = 8
+    read_warps: int = 4
     query_warps: int = 4
-    key_warps: int = 8
+    key_warps: int = 4
     scan_stages: int = 3
     forward_stages: int = 2
     read_stages: int = 1
