@@ -156,7 +156,7 @@ def test_example_sites(path: Path, folder: Path) -> None:
     assert f"export NPROC_PER_NODE={site.gpus_per_node}\n" in done.stdout
     expected = {
         "bare-metal": ("#SBATCH --gpus-per-node=8\n", "module load cuda/12.8\n", "export NETWORK_INTERFACE=ib0\n"),
-        "enroot-pyxis": ("SRUN_OPTIONS=(--container-image=", f"{folder}:{folder}", f"--container-workdir={folder}"),
+        "enroot-pyxis": ("SRUN_OPTIONS=('--container-image=nvcr.io#", f"{folder}:{folder}", f"--container-workdir={folder}"),
         "apptainer": (
             "#SBATCH --gres=gpu:4\n",
             "IN_CONTAINER=(apptainer exec --nv",
