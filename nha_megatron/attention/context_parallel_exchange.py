@@ -11,7 +11,6 @@ The backward sends the same two messages in reverse. Every rank runs both, in th
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -22,7 +21,8 @@ from torch.autograd.function import once_differentiable
 from nha_kernels import Memory, attention_statistics, clamp_log_gates, nha_attention, slot_summary
 from nha_kernels.conventions import EmptySlots, accumulation_dtype
 
-from .context_parallel_plan import ContextParallelPlan, documents_of_rows, plan_context_parallel
+from .boundaries import boundaries_on, documents_of_rows
+from .context_parallel_plan import ContextParallelPlan, plan_context_parallel
 from .context_parallel_slots import compose_slots, piece_gradient
 
 
@@ -32,7 +32,7 @@ def context_parallel_attention(
     v: Tensor,
     g: Tensor,
     *,
-    window: int | None,
+    window: int,
     group: dist.ProcessGroup,
     rope: Tensor | None = None,
     rope_attention_factor: float = 1.0,
@@ -45,7 +45,7 @@ def context_parallel_attention(
 
     Args:
         q, k, v, g: this rank's shard [B, L, ...], as `nha_attention` takes them; L is the same on every rank.
-        window: W >= 0 or None; with more than one rank None is refused.
+        window: W >= 0. Full attention has its own exchange: `full_attention_over_ranks`.
         group: the context-parallel ranks in token order.
         cu_seqlens: document boundaries over the B rows of R L tokens laid end to end, the same on every rank; row edges are boundaries.
             Integers or a CPU tensor: they decide what is sent, and the host must not wait for a device. Rows with documents are exchanged
@@ -80,7 +80,7 @@ def context_parallel_statistics(
     v: Tensor,
     g: Tensor,
     *,
-    window: int | None,
+    window: int,
     group: dist.ProcessGroup,
     cu_seqlens: Sequence[int] | Tensor | None = None,
     **options: Any,
@@ -94,17 +94,14 @@ def context_parallel_statistics(
 
 
 def _rows_to_continue(
-    q: Tensor, k: Tensor, v: Tensor, g: Tensor, window: int | None, group: dist.ProcessGroup, cu_seqlens: Sequence[int] | Tensor | None
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor, window: int, group: dist.ProcessGroup, cu_seqlens: Sequence[int] | Tensor | None
 ) -> Iterator[tuple[tuple[Tensor, Tensor, Tensor, Tensor], Tensor | None, Memory | None]]:
     """(q, k, v, g), documents and memory to call the operator with: the whole batch at once, or row by row where rows have documents."""
     size, tokens = group.size(), q.shape[1]
     batches: list[slice] = [slice(None)]
     documents: Sequence[tuple[int, ...] | None] = [None]
     if cu_seqlens is not None:
-        if isinstance(cu_seqlens, Tensor) and cu_seqlens.device.type != "cpu":
-            raise ValueError(f"cu_seqlens on {cu_seqlens.device}: the exchange is planned on the host, pass integers or a CPU tensor")
-        boundaries = cu_seqlens.tolist() if isinstance(cu_seqlens, Tensor) else cu_seqlens
-        documents = documents_of_rows(tuple(boundaries), q.shape[0], size * tokens)
+        documents = documents_of_rows(cu_seqlens, q.shape[0], size * tokens)
         batches = [slice(row, row + 1) for row in range(q.shape[0])]
     for batch, row_documents in zip(batches, documents, strict=True):
         row_q, row_k, row_v, row_g = q[batch], k[batch], v[batch], g[batch]
@@ -114,7 +111,7 @@ def _rows_to_continue(
             row_q, memory = fetch_memory(row_q, row_k, row_v, row_g, plan=plan, group=group)
             local = plan.cu_seqlens
         # One document is the ordinary call, which is faster.
-        yield (row_q, row_k, row_v, row_g), None if local is None or len(local) == 2 else _document_tensor(local, q.device), memory
+        yield (row_q, row_k, row_v, row_g), None if local is None or len(local) == 2 else boundaries_on(q.device, local), memory
 
 
 def fetch_memory(
@@ -266,11 +263,3 @@ def _from_bytes(message: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
         part.contiguous().view(x.dtype).view(message.shape[0], x.shape[0], *x.shape[2:]).transpose(0, 1).contiguous()
         for part, x in zip(parts, like, strict=True)
     ]
-
-
-@lru_cache(maxsize=64)
-def _document_tensor(cu_seqlens: tuple[int, ...], device: torch.device) -> Tensor:
-    """The boundaries on the device, copied once for all layers; from pinned memory, so that the host does not wait."""
-    with torch.inference_mode(False):  # the cached tensor may be used in training next
-        host = torch.tensor(cu_seqlens, dtype=torch.int32)
-        return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host.to(device)

@@ -30,9 +30,8 @@ from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
-from itertools import pairwise
 
-from nha_megatron.config import ConfigError
+from .boundaries import document_starts
 
 
 @dataclass(frozen=True)
@@ -117,7 +116,7 @@ class ContextParallelPlan:
 
 
 def plan_context_parallel(
-    *, tokens_per_rank: int, num_ranks: int, rank: int, window: int | None, cu_seqlens: Sequence[int] | None = None
+    *, tokens_per_rank: int, num_ranks: int, rank: int, window: int, cu_seqlens: Sequence[int] | None = None
 ) -> ContextParallelPlan:
     """The exchange of one layer as rank `rank` sees it.
 
@@ -130,31 +129,15 @@ def plan_context_parallel(
             last entry are a document of their own (padding). Empty documents are ignored.
 
     Raises:
-        ConfigError: a full-attention layer (window None), or cu_seqlens that do not describe R L tokens.
+        ConfigError: cu_seqlens that do not describe R L tokens.
     """
-    if window is None:
-        raise ConfigError(
-            f"a full-attention layer (window=full) with context parallelism ({num_ranks} ranks): not supported, because its queries need "
-            "every earlier key and not a memory of constant size. Give the layer a window, or set parallel.context=1."
-        )
     assert tokens_per_rank >= 1 and 0 <= rank < num_ranks and window >= 0, (tokens_per_rank, num_ranks, rank, window)
     return _plan(tokens_per_rank, num_ranks, rank, window, None if cu_seqlens is None else tuple(cu_seqlens))
 
 
-@lru_cache(maxsize=64)
-def documents_of_rows(cu_seqlens: tuple[int, ...], rows: int, tokens_per_row: int) -> tuple[tuple[int, ...], ...]:
-    """Cumulative document lengths of each row, 0 .. tokens_per_row, from boundaries over the rows laid end to end.
-
-    A row's edges are always boundaries. Raises ConfigError for boundaries that do not describe rows * tokens_per_row tokens.
-    """
-    starts = _document_starts(cu_seqlens, rows * tokens_per_row)
-    edges = ((row * tokens_per_row, (row + 1) * tokens_per_row) for row in range(rows))
-    return tuple((0, *(start - first for start in starts if first < start < last), tokens_per_row) for first, last in edges)
-
-
 @lru_cache(maxsize=256)  # layers with the same window share the plan
 def _plan(tokens_per_rank: int, num_ranks: int, rank: int, window: int, cu_seqlens: tuple[int, ...] | None) -> ContextParallelPlan:
-    boundaries = (0,) if cu_seqlens is None else _document_starts(cu_seqlens, tokens_per_rank * num_ranks)
+    boundaries = (0,) if cu_seqlens is None else document_starts(cu_seqlens, tokens_per_rank * num_ranks)
     layout = _Layout(tokens_per_rank, num_ranks, window, boundaries)
     first, last = rank * tokens_per_rank, (rank + 1) * tokens_per_rank
     sends = (
@@ -249,17 +232,6 @@ class _Layout:
             consumers=range(consumers[0], consumers[-1] + 1) if consumers else range(0),
             followers=self.composed_by(consumers[0]).stop - number - 1 if consumers else 0,
         )
-
-
-def _document_starts(cu_seqlens: tuple[int, ...], total: int) -> tuple[int, ...]:
-    """First token of every non-empty document, padding behind the last included."""
-    ascending = all(a <= b for a, b in pairwise(cu_seqlens))
-    if not cu_seqlens or cu_seqlens[0] != 0 or cu_seqlens[-1] > total or not ascending:
-        raise ConfigError(
-            f"cu_seqlens {list(cu_seqlens[:8])}{'...' if len(cu_seqlens) > 8 else ''} do not cut {total} tokens into documents: give the "
-            f"ascending cumulative document lengths over all ranks, from 0 to at most {total}."
-        )
-    return tuple(sorted({start for start in cu_seqlens if start < total}))
 
 
 def _tokens_by_rank(transfers: tuple[HaloTransfer, ...], num_ranks: int) -> list[int]:

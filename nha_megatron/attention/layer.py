@@ -26,6 +26,7 @@ from torch import Tensor
 from nha_kernels import attention_statistics, nha_attention
 from nha_megatron.attention.context_parallel_exchange import context_parallel_attention, context_parallel_statistics
 from nha_megatron.attention.documents import Documents
+from nha_megatron.attention.full_attention_context_parallel import full_attention_over_ranks, full_attention_statistics
 from nha_megatron.attention.norms import HeadRMSNorm, HeadsRMSNorm
 
 
@@ -54,6 +55,7 @@ class NativeHybridAttention(MegatronModule):
         rope: inverse frequencies [rotary_dim / 2], on the CPU; rope_attention_factor: YaRN's factor.
         recompute: recompute the operator (and its context-parallel exchange) in the backward instead of keeping what it saves.
         pg_collection: process groups; `.tp` and `.cp` are used.
+        cp_comm_type: of full attention over several context ranks: `a2a` or `all_gather`. Megatron passes its configuration's.
     """
 
     def __init__(
@@ -73,7 +75,8 @@ class NativeHybridAttention(MegatronModule):
         rope_attention_factor: float = 1.0,
         recompute: bool = False,
         pg_collection: ProcessGroupCollection,
-        **_: Any,  # keywords that newer Megatron versions pass to every attention: cp_comm_type, pp_layer_offset, name
+        cp_comm_type: str | None = None,
+        **_: Any,  # keywords that newer Megatron versions pass to every attention: pp_layer_offset, name
     ) -> None:
         super().__init__(config=config)
         self.layer_number = layer_number
@@ -82,6 +85,7 @@ class NativeHybridAttention(MegatronModule):
         self.value_activation = value_activation
         self.recompute = recompute
         self.cp_group = pg_collection.cp
+        self.cp_comm_type = cp_comm_type
         self.tp_group = pg_collection.tp  # MegatronModule.sharded_state_dict looks for it under this name
         self.empty_slots = empty_slots
         # Not a buffer: a bfloat16 model would round the frequencies with the weights.
@@ -185,25 +189,28 @@ class NativeHybridAttention(MegatronModule):
         return q.flatten(-3, -2), k.squeeze(-2), v.squeeze(-2)
 
     def _operator(self, q: Tensor, k: Tensor, v: Tensor, g: Tensor, documents: Documents | None) -> Tensor:
-        return self._call(nha_attention, context_parallel_attention, q, k, v, g, documents)
+        over_ranks = context_parallel_attention if self.window is not None else full_attention_over_ranks
+        return self._call(nha_attention, over_ranks, q, k, v, g, documents)
 
     @torch.no_grad()
     def _measure(self, q: Tensor, k: Tensor, v: Tensor, g: Tensor, documents: Documents | None) -> dict[str, Tensor]:
-        return self._call(attention_statistics, context_parallel_statistics, q, k, v, g, documents)
+        over_ranks = context_parallel_statistics if self.window is not None else full_attention_statistics
+        return self._call(attention_statistics, over_ranks, q, k, v, g, documents)
 
     def _call(self, on_one_rank: Any, over_ranks: Any, q: Tensor, k: Tensor, v: Tensor, g: Tensor, documents: Documents | None) -> Any:
         """One of two functions that compute the same: on whole rows, or on the shards of the context-parallel ranks."""
         if self._rope.device != q.device:
             self._rope = self._rope.to(q.device)
         options: dict[str, Any] = {
-            "window": self.window,
             "rope": self._rope,
             "rope_attention_factor": self._rope_attention_factor,
             "empty_slots": self.empty_slots,
         }
         if self.cp_group.size() > 1:
+            options |= {"exchange": self.cp_comm_type} if self.window is None else {"window": self.window}
             boundaries = None if documents is None else documents.boundaries
             return over_ranks(q, k, v, g, group=self.cp_group, cu_seqlens=boundaries, **options)
+        options["window"] = self.window
         if documents is None:
             return on_one_rank(q, k, v, g, **options)
         rows = (x.reshape(1, -1, *x.shape[2:]) for x in (q, k, v, g))  # documents of all rows lie one after another

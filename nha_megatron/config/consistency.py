@@ -29,7 +29,9 @@ def run_checks(checks: Sequence[Check], sections: Mapping[str, Any]) -> list[str
 
 def problems(sections: Mapping[str, Any]) -> list[str]:
     """Everything that does not fit together among the valid sections."""
-    return run_checks([_tensor_sizes, _sequence_sizes, _pipeline_sizes, _batch_sizes, _schedule_sizes, _validation], sections)
+    return run_checks(
+        [_tensor_sizes, _sequence_sizes, _full_layer_heads, _pipeline_sizes, _batch_sizes, _schedule_sizes, _validation], sections
+    )
 
 
 def _tensor_sizes(model: "ModelConfig", parallel: "ParallelConfig") -> Iterator[str]:
@@ -48,6 +50,16 @@ def _sequence_sizes(data: "DataConfig", parallel: "ParallelConfig") -> Iterator[
     if data.sequence_length % parts:
         why = f"parallel.context {parallel.context}" + (f" x parallel.tensor {parallel.tensor}" if parallel.sequence else "")
         yield f"data.sequence_length {data.sequence_length} is not a multiple of {why}; change one of them"
+
+
+def _full_layer_heads(model: "ModelConfig", parallel: "ParallelConfig") -> Iterator[str]:
+    heads = model.num_heads // parallel.tensor
+    if parallel.cp_comm_type == "a2a" and None in model.windows and heads % parallel.context:
+        yield (
+            f"parallel.cp_comm_type a2a gives every context rank some heads of a `full` layer, but model.num_heads {model.num_heads} / "
+            f"parallel.tensor {parallel.tensor} = {heads} is not a multiple of parallel.context {parallel.context}; use all_gather or "
+            "auto, or change parallel.context"
+        )
 
 
 def _pipeline_sizes(model: "ModelConfig", parallel: "ParallelConfig") -> Iterator[str]:

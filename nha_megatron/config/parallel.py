@@ -23,7 +23,8 @@ class ParallelConfig(Section):
     sequence: bool = False
     """Split the activations between the tensor-parallel regions along the sequence (needs tensor > 1)."""
     cp_comm_type: Literal["auto", "a2a", "all_gather"] = "auto"
-    """How `full` layers exchange keys and values over context ranks."""
+    """How `full` layers are computed over context ranks: each rank whole sequences of some heads (a2a; query heads must divide by
+    tensor x context), or some queries against all keys and values (all_gather). auto: a2a where heads divide."""
 
     @property
     def model_ranks(self) -> int:

@@ -10,39 +10,18 @@ from .consistency import Check, run_checks
 
 if TYPE_CHECKING:
     from .data import DataConfig
-    from .model import ModelConfig
-    from .parallel import ParallelConfig
     from .run import CheckpointConfig, TrainingConfig
 
 
 def problems(sections: Mapping[str, Any]) -> list[str]:
     """One message for each thing asked for that is not supported, among the valid sections."""
     checks: list[Check] = [
-        _full_layers_under_context,
-        _context_communication,
         _best_fit_packing,
         _deepspeed,
         _stages,
         _asynchronous_checkpoints,
     ]
     return run_checks(checks, sections)
-
-
-def _full_layers_under_context(model: "ModelConfig", parallel: "ParallelConfig") -> Iterator[str]:
-    count = sum(window is None for window in model.windows)
-    if parallel.context > 1 and count:
-        yield (
-            f"model.window has {count} `full` layers and parallel.context is {parallel.context}; not supported yet, because global "
-            "attention needs every rank's keys and values: use parallel.context 1 or windows of finite width"
-        )
-
-
-def _context_communication(parallel: "ParallelConfig") -> Iterator[str]:
-    if parallel.cp_comm_type != "auto":
-        yield (
-            f"parallel.cp_comm_type {parallel.cp_comm_type}; not supported yet, because only `full` layers under context parallelism read "
-            "it, and these are not supported yet either: use auto"
-        )
 
 
 def _best_fit_packing(data: "DataConfig") -> Iterator[str]:

@@ -1,6 +1,7 @@
 """What `check` prints about a configuration."""
 
 from . import arithmetic
+from .full_layers import exchange_bytes
 from .inputs import missing_inputs
 from .load import dump_config
 from .memory import RankMemory, estimate_memory
@@ -46,21 +47,21 @@ def _layout_lines(config: RunConfig, world: int) -> list[str]:
         f"tokens: {tokens:,} a step, {tokens * training.steps:,} in {training.steps:,} steps",
     ]
     if parallel.context > 1:
-        element = 2 if training.precision == "bf16" else 4
-        widths = [window for window in config.model.windows if window is not None]
-        sent = sum(
-            arithmetic.context_parallel_bytes(
-                config.model,
-                window,
-                length // parallel.context,
-                parallel.context,
-                tensor=parallel.tensor,
-                micro_batch_size=training.micro_batch_size,
-                element_bytes=element,
+        sizes: dict[str, int] = {
+            "tensor": parallel.tensor,
+            "micro_batch_size": training.micro_batch_size,
+            "element_bytes": 2 if training.precision == "bf16" else 4,
+        }
+        shard, ranks = length // parallel.context, parallel.context
+        sent = [arithmetic.context_parallel_bytes(config.model, w, shard, ranks, **sizes) for w in config.model.windows if w is not None]
+        if sent:
+            lines.append(f"context parallelism: a rank sends {_size(sum(sent) // len(sent))} a layer and micro batch, at any length")
+        if config.full_layer_exchange is not None:
+            exchange, reason = config.full_layer_exchange
+            amount = _size(exchange_bytes(config.model, exchange, shard, ranks, **sizes))
+            lines.append(
+                f"context parallelism of `full` layers: {exchange}, because {reason}; a rank sends {amount} a layer and micro batch"
             )
-            for window in widths
-        )
-        lines.append(f"context parallelism: a rank sends {_size(sent // len(widths))} a layer and micro batch, at any length")
     return lines
 
 

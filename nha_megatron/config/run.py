@@ -9,6 +9,7 @@ from . import consistency, refusals
 from .base import NonNegative, NonNegativeReal, Pair, PathString, Positive, PositiveReal, Section
 from .data import DataConfig
 from .errors import ConfigError, problems_message, raise_problems
+from .full_layers import Exchange, choose_exchange
 from .model import ModelConfig
 from .parallel import ParallelConfig
 
@@ -103,7 +104,7 @@ class LoggingConfig(Section):
     directory: PathString
     """Folder of the run."""
     every: Positive = 1
-    """Steps between records."""
+    """Steps between lines on the console, in TensorBoard and in wandb; metrics.jsonl has every step."""
     tensorboard: bool = True
     """Write TensorBoard files."""
     wandb: bool = False
@@ -133,6 +134,13 @@ class RunConfig(Section):
     def checkpoint_directory(self) -> Path:
         """Where checkpoints are written and looked for."""
         return Path(self.checkpoint.path) if self.checkpoint.path is not None else Path(self.logging.directory) / "checkpoints"
+
+    @property
+    def full_layer_exchange(self) -> tuple[Exchange, str] | None:
+        """How `full` layers are computed over context ranks, and why; None when there are none or one rank holds whole sequences."""
+        if self.parallel.context == 1 or None not in self.model.windows:
+            return None
+        return choose_exchange(self.parallel.cp_comm_type, self.model.num_heads // self.parallel.tensor, self.parallel.context)
 
     def micro_batches(self, world_size: int) -> int:
         """Micro batches that every rank runs in one optimizer step."""

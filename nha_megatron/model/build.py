@@ -46,6 +46,8 @@ def transformer_config(config: RunConfig) -> TransformerConfig:
         tensor_model_parallel_size=parallel.tensor,
         sequence_parallel=parallel.sequence,
         context_parallel_size=parallel.context,
+        # For `full` layers; Megatron hands it to every attention layer when there are several context ranks.
+        cp_comm_type=None if config.full_layer_exchange is None else config.full_layer_exchange[0],
         pipeline_model_parallel_size=parallel.pipeline,
         virtual_pipeline_model_parallel_size=virtual_stages if virtual_stages > 1 else None,
         pipeline_dtype=dtype,

@@ -46,6 +46,9 @@ def pretrain(config: RunConfig) -> signal.Signals | None:
     try:
         engine = MegatronEngine(config, layout.device, layout)
         say(f"{layout.describe()} on {layout.device.type}, {config.model.num_parameters():,} parameters")
+        if config.full_layer_exchange is not None:
+            exchange, reason = config.full_layer_exchange
+            say(f"full-attention layers over {layout.cp_size} context ranks: {exchange}, because {reason}")
         progress = start(config, engine, say)
         if progress.step >= config.training.steps:
             say(f"the run is complete: step {progress.step} of {config.training.steps}. Raise training.steps to train further")

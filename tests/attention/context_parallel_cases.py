@@ -35,7 +35,7 @@ class Case:
 
     num_ranks: int
     tokens: int
-    window: int
+    window: int | None  # None: full attention
     batch: int = 1
     kv_heads: int = 2
     group_size: int = 1
@@ -106,7 +106,7 @@ def on_one_rank(case: Case, backend: str = "reference", dtype: torch.dtype | Non
     inputs = [x.requires_grad_() for x in inputs]
     cu_seqlens = None if case.cu_seqlens is None else torch.tensor(case.cu_seqlens, dtype=torch.int32)
     out = nha_attention(*inputs, cu_seqlens=cu_seqlens, backend=backend, **case.options)
-    return _results(out, torch.autograd.grad(out, inputs, d_out))
+    return results_of(out, torch.autograd.grad(out, inputs, d_out))
 
 
 def on_this_rank(cases: list[Case], operator: str) -> list[Results]:
@@ -117,11 +117,11 @@ def on_this_rank(cases: list[Case], operator: str) -> list[Results]:
         inputs, d_out = case.sequence()
         inputs = [x.chunk(group.size(), dim=1)[group.rank()].contiguous().requires_grad_() for x in inputs]
         out = context_parallel_attention(*inputs, group=group, cu_seqlens=case.cu_seqlens, backend=operator, **case.options)
-        results.append(_results(out, torch.autograd.grad(out, inputs, d_out.chunk(group.size(), dim=1)[group.rank()])))
+        results.append(results_of(out, torch.autograd.grad(out, inputs, d_out.chunk(group.size(), dim=1)[group.rank()])))
     return results
 
 
-def _results(out: Tensor, gradients: tuple[Tensor, ...]) -> Results:
+def results_of(out: Tensor, gradients: tuple[Tensor, ...]) -> Results:
     return dict(zip(("out", "dq", "dk", "dv", "dg"), (out.detach(), *gradients), strict=True))
 
 

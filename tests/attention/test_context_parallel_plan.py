@@ -133,11 +133,6 @@ def test_one_rank_exchanges_nothing() -> None:
     assert plan.receives == plan.sends == plan.pieces == () and plan.length == 0 and plan.cu_seqlens == (0, 5, 8)
 
 
-def test_full_attention_is_refused() -> None:
-    with pytest.raises(ConfigError, match=r"window=full.*4 ranks.*every earlier key.*parallel\.context=1"):
-        plan_context_parallel(tokens_per_rank=8, num_ranks=4, rank=0, window=None)
-
-
 @pytest.mark.parametrize("cu_seqlens", [(), (1, 16), (0, 17), (0, 9, 5, 16)])
 def test_documents_that_do_not_fit_the_tokens_are_refused(cu_seqlens: tuple[int, ...]) -> None:
     with pytest.raises(ConfigError, match="do not cut 16 tokens into documents"):

@@ -110,7 +110,7 @@ def test_documents_do_not_see_each_other(ranks: RankPool) -> None:
 
 
 def statistics(parallel: dict[str, Any]) -> list[dict[str, float]]:
-    config = tiny_config(parallel=parallel)
+    config = tiny_config(model={"window": "16,3,0,full"}, parallel=parallel)
     engine = MegatronEngine(config, CPU, create_layout(config, CPU))
     layers = [module for module in engine.model_chunks[0].modules() if isinstance(module, NativeHybridAttention)]
     for layer in layers:

@@ -6,11 +6,6 @@ from nha_megatron.config import ConfigError
 from tests.config.cases import run
 
 REFUSALS = {
-    "full layers": (
-        {"model": {"window": "16*3,full"}, "parallel": {"context": 2}},
-        ["model.window has 1 `full` layers and parallel.context is 2", "use parallel.context 1 or windows of finite width"],
-    ),
-    "communication of full layers": ({"parallel": {"cp_comm_type": "a2a"}}, ["parallel.cp_comm_type a2a", "use auto"]),
     "best_fit": ({"data": {"packing": "best_fit"}}, ["data.packing best_fit", "use concat"]),
     "deepspeed": ({"training": {"engine": "deepspeed"}}, ["training.engine deepspeed", "use megatron"]),
     "stages": ({"training": {"stages": [{"tokens": 1000}]}}, ["training.stages", "model.init_from"]),
@@ -32,7 +27,12 @@ def test_refused_with_reason_and_alternative(sections, parts):
 ALLOWED = {
     "window wider than a shard": {"model": {"window": 65}, "parallel": {"context": 2}},
     "slots alone under context parallelism": {"model": {"window": 0}, "parallel": {"context": 4}},
-    "full layers on one context rank": {"model": {"window": "16*3,full"}, "parallel": {"tensor": 2, "pipeline": 2}},
+    "full layers over context ranks": {"model": {"window": "16*3,full"}, "parallel": {"context": 2, "cp_comm_type": "a2a"}},
+    "full layers whose heads do not divide": {
+        "model": {"window": "16*3,full"},
+        "data": {"sequence_length": 120},
+        "parallel": {"context": 3},
+    },
     "window beyond the sequence": {"model": {"window": 1000}},
     "isolated documents over context ranks": {"data": {"packing": "concat"}, "parallel": {"context": 2}},
     "all axes": {"parallel": {"tensor": 2, "sequence": True, "pipeline": 2, "virtual_pipeline": 2, "context": 2}},

@@ -47,6 +47,14 @@ VARIANTS: dict[str, tuple[dict[str, dict[str, Any]], dict[str, Any]]] = {
     "converted": ({"model": CONVERTED}, {}),
     "tied": ({"model": {"tie_embeddings": True}}, {}),
     "full_layer": ({"model": {"window": "16,full,0,7", "empty_slots": "weight"}}, {}),
+    "full_layers_gathered": (
+        {
+            "model": {"window": "16,full,40,full"},
+            "parallel": {"cp_comm_type": "all_gather"},
+            "training": {"micro_batch_size": 2, "recompute": "selective"},
+        },
+        {"documents": True},
+    ),
     "documents": ({"training": {"micro_batch_size": 2}}, {"documents": True}),
     # Over a shard of CP 2 (32 tokens), as wide as the sequence, and one token over a shard.
     "wide_windows": ({"model": {"window": "40,3,64,33"}}, {}),
@@ -75,7 +83,8 @@ def run_layout(ranks: RankPool, layout: str, variant: str) -> dict[str, Any]:
     world_size, parallel = LAYOUTS[layout]
     sections, options = VARIANTS[variant]
     # Eight ranks on two cores that others use too may need minutes.
-    results = ranks.run(world_size, train, timeout=60.0 * max(2, world_size), config=tiny_config(parallel=parallel, **sections), **options)
+    config = tiny_config(**sections | {"parallel": parallel | sections.get("parallel", {})})
+    results = ranks.run(world_size, train, timeout=60.0 * max(2, world_size), config=config, **options)
     joined = dict(results[0])
     for key in ("losses", "grad_norms", "tokens", "validation"):
         assert all(result[key] == joined[key] for result in results), f"ranks disagree about {key}"
@@ -119,6 +128,9 @@ def test_layout_trains_like_one_rank(ranks: RankPool, one_rank: Callable[[str], 
         ("dp2", "uneven_masks"),
         ("cp2", "uneven_masks"),
         ("tp2", "full_layer"),
+        ("cp2", "full_layer"),
+        ("tp2_cp2", "full_layer"),
+        ("cp2", "full_layers_gathered"),
         ("tp2_sp", "documents"),
         ("cp2", "documents"),
         ("cp2", "wide_windows"),
@@ -135,6 +147,10 @@ def test_layout_trains_like_one_rank(ranks: RankPool, one_rank: Callable[[str], 
         slow("tp2_pp2_cp2", "documents"),
         slow("tp2_interleaved_cp2", "recomputed"),
         slow("pp2_interleaved", "full_layer"),
+        slow("cp4", "full_layer"),
+        slow("tp2_pp2_cp2", "full_layer"),
+        slow("cp4", "full_layers_gathered"),
+        slow("tp2_interleaved_cp2", "full_layers_gathered"),
     ],
 )
 def test_variant_trains_like_one_rank(ranks: RankPool, one_rank: Callable[[str], dict[str, Any]], layout: str, variant: str) -> None:
