@@ -1,6 +1,7 @@
 """Exact context parallelism: every rank fetches the memory before its shard, then runs the single-device operator on it.
 
-Two messages a layer, whatever the length of the context, both sent before either is waited for:
+Two messages a layer, whatever the length of the context. The halo leaves first and travels while the second is computed; both are
+under way before either is waited for:
 
     all-to-all   halo: raw keys, values and log-gates of the last W tokens, as bytes (keys may be bf16, gates are float32)
     all-gather   what the pieces of every shard do to the slots, in float32
@@ -124,9 +125,10 @@ def fetch_memory(
     """
     spans = [(plan.first_sent_token, plan.tokens_per_rank), *((piece.start, piece.stop) for piece in plan.pieces)]
     tail, *pieces = zip(*(_cut(x, spans) for x in (k, v, clamp_log_gates(g))), strict=True)
+    halo = _start_halo(plan, group, *tail)
     # Without pieces the slots stay empty everywhere; the empty message only carries their shape.
     announced = torch.stack([_announce(*piece) for piece in pieces]) if pieces else _no_pieces(k, v, g)
-    q, window_keys, window_values, window_log_gates, slots = _Exchange.apply(plan, group, q, *tail, announced)
+    q, window_keys, window_values, window_log_gates, slots = _Exchange.apply(plan, group, halo, q, *tail, announced)
     log_decay, slot_keys, slot_values = slots.split([1, k.shape[-1], v.shape[-1]], dim=-1)
     memory = Memory(
         slot_keys=slot_keys,
@@ -178,11 +180,18 @@ class _Exchange(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, plan: ContextParallelPlan, group: dist.ProcessGroup, q: Tensor, k: Tensor, v: Tensor, g: Tensor, announced: Tensor
+        ctx: Any,
+        plan: ContextParallelPlan,
+        group: dist.ProcessGroup,
+        halo: tuple[Tensor, dist.Work],
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        g: Tensor,
+        announced: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """k, v, g: the tokens from `plan.first_sent_token` on. announced: [pieces of this rank, B, H, M, C]."""
-        sent = torch.cat([_to_bytes(k, v, g)[_rows(plan, send.start, send.stop)] for send in plan.sends] or [_to_bytes(k, v, g)[:0]])
-        received, halo_arrives = _start_all_to_all(sent, plan.send_splits, plan.receive_splits, group)
+        """halo: of `_start_halo`. k, v, g: the tokens from `plan.first_sent_token` on. announced: [pieces of this rank, B, H, M, C]."""
+        received, halo_arrives = halo
         gathered, pieces_arrive = _start_all_gather(announced, group)
         halo_arrives.wait()
         pieces_arrive.wait()
@@ -212,7 +221,14 @@ class _Exchange(torch.autograd.Function):
             d_announced = d_slots.new_empty(0, *d_slots.shape)
         halo_arrives.wait()
         d_tails = [_sum_sent(plan, gradient, ctx.tail_tokens) for gradient in _from_bytes(received, ctx.halo_like)]
-        return None, None, d_q, *d_tails, d_announced
+        return None, None, None, d_q, *d_tails, d_announced
+
+
+@torch.no_grad()  # the derivative is that of `_Exchange`
+def _start_halo(plan: ContextParallelPlan, group: dist.ProcessGroup, k: Tensor, v: Tensor, g: Tensor) -> tuple[Tensor, dist.Work]:
+    tail = _to_bytes(k, v, g)
+    sent = torch.cat([tail[_rows(plan, send.start, send.stop)] for send in plan.sends] or [tail[:0]])
+    return _start_all_to_all(sent, plan.send_splits, plan.receive_splits, group)
 
 
 def _start_all_to_all(
