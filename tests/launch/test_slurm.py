@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from tests.distributed import RankPool
-from tests.launch.slurm_cluster import Job, SlurmCluster
+from tests.launch.slurm_cluster import Job, SlurmCluster, needs_deepspeed
 from tests.training import small_run
 
 STEPS = 24
@@ -136,8 +136,8 @@ def test_a_chain_goes_on_where_requeue_is_not_allowed(cluster: SlurmCluster, tmp
 
 
 @pytest.mark.slow
+@needs_deepspeed
 def test_deepspeed_launcher_on_two_nodes(cluster: SlurmCluster, ranks: RankPool, tmp_path: Path) -> None:
-    pytest.importorskip("deepspeed", reason="the package deepspeed is not installed")
     metrics = write_run(tmp_path)
     job = cluster.submit(tmp_path, *TWO_NODES, "--no-health", "--launcher", "deepspeed", DS_ACCELERATOR="cpu")
     cluster.wait_for_steps(job, metrics, 2)

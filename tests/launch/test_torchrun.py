@@ -15,7 +15,7 @@ import psutil
 import pytest
 import yaml
 
-from tests.launch.slurm_cluster import PATIENCE_S, ROOT, submit_environment
+from tests.launch.slurm_cluster import PATIENCE_S, ROOT, needs_deepspeed, submit_environment
 from tests.training import small_run
 
 pytestmark = pytest.mark.slow
@@ -119,8 +119,8 @@ def test_two_nodes_of_torchrun_on_one_machine(folder: Path) -> None:
     assert len(small_run.losses(folder)) == 3
 
 
+@needs_deepspeed
 def test_deepspeed_launcher_trains_the_same_curve(folder: Path) -> None:
-    pytest.importorskip("deepspeed", reason="the package deepspeed is not installed")
     write_run(folder, training={"steps": 4})
     hosts = folder / "hosts"
     hosts.write_text("localhost slots=2\n")
@@ -133,9 +133,9 @@ def test_deepspeed_launcher_trains_the_same_curve(folder: Path) -> None:
     assert len(curve) == 4 and small_run.losses(folder, "one") == small_run.losses(folder, "hostfile") == curve
 
 
+@needs_deepspeed
 def test_deepspeed_launcher_reports_a_killed_rank(folder: Path) -> None:
     """DeepSpeed's own status is 0 here (its runner drops the negative status of a killed process)."""
-    pytest.importorskip("deepspeed", reason="the package deepspeed is not installed")
     metrics = write_run(folder, **ENDLESS)
     with running(folder, "deepspeed.sh", "run.yaml", DS_ACCELERATOR="cpu") as job:
         wait_for(lambda: steps(metrics) >= 1, folder)
