@@ -37,7 +37,7 @@ class Case:
     key_dim: int = 128
     value_dim: int = 128
     slots: int = 64
-    window: int = 64
+    window: int | None = 64
     rotary_dim: int = -1  # -1: all channels, 0: no rotation
     empty_slots: str = "attend"
     documents: tuple[int, ...] = ()
@@ -74,7 +74,7 @@ def cases() -> list[Case]:
         Case(tokens=150, key_dim=64, value_dim=64),
         Case(tokens=150, key_dim=64, value_dim=128, group=1),
         Case(tokens=100, key_dim=256, value_dim=256),
-        Case(tokens=100, key_dim=256, value_dim=256, group=8, documents=(0, 50, 100), empty_slots="weight"),
+        Case(tokens=100, key_dim=256, value_dim=256, group=3, documents=(0, 50, 100), empty_slots="weight"),
         Case(dtype="float16"),
         Case(dtype="float16", gates="mixed", empty_slots="weight", memory=(80,)),
         Case(dtype="float32"),
@@ -83,6 +83,12 @@ def cases() -> list[Case]:
         Case(dtype="float32", tokens=100, key_dim=256, value_dim=256, group=2),
         Case(dtype="float32", tokens=100, group=8, slots=128),
         Case(tokens=9000, kv_heads=1, gates="slow"),
+        Case(tokens=900, window=600),
+        Case(tokens=900, window=600, batch=2, memory=(100, 700), empty_slots="weight"),
+        Case(tokens=900, window=600, memory=(300,), documents=(0, 650, 650, 900), group=1),
+        Case(tokens=300, window=None, group=8),
+        Case(tokens=300, window=None, batch=2, empty_slots="mask", key_dim=64, value_dim=64),
+        Case(tokens=300, window=None, documents=(0, 100, 300), rotary_dim=64),
     ]
     return found
 

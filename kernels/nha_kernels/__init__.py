@@ -3,18 +3,21 @@
 import importlib.util
 
 from .conventions import LOG_GATE_MIN, clamp_log_gates
+from .decode import decode_memory, nha_decode_step
 from .memory import Memory
 from .operator import Implementation, attention_statistics, nha_attention, register_backend
 from .slot_summary import slot_summary
-from .triton.dispatch import explain_dispatch
+from .triton.dispatch import explain_dispatch, refusal
 
 __all__ = [
     "LOG_GATE_MIN",
     "Memory",
     "attention_statistics",
     "clamp_log_gates",
+    "decode_memory",
     "explain_dispatch",
     "nha_attention",
+    "nha_decode_step",
     "register_backend",
     "slot_summary",
 ]
@@ -27,4 +30,4 @@ def _load_triton() -> Implementation:
 
 
 if importlib.util.find_spec("triton") is not None:  # comes with the CUDA builds of torch
-    register_backend("triton", _load_triton, handles_gates=True)
+    register_backend("triton", _load_triton, refusal, handles_gates=True)

@@ -10,15 +10,19 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from ..chunked import chunked_attention
 from ..conventions import clamp_log_gates
 from ..memory import Memory
+from ..rope import rope_tables, rotate
 from ..sequence import ExtendedSequence, extend_sequence
 from .backward_reads import backward_reads
 from .backward_window import backward_window
 from .backward_writes import backward_writes
-from .dispatch import choose_tiles
+from .dispatch import WIDEST_FUSED_WINDOW, choose_tiles
+from .flash import sequence_bounds
 from .forward import forward
-from .problem import Gradients, Problem, Tiles
+from .merged_attention import MergedAttention, MergedOptions
+from .problem import Problem, Tiles, empty_gradients
 from .rope_table import rope_table
 from .states import SegmentStarts, chunk_states, segment_starts
 
@@ -50,7 +54,7 @@ class _FusedAttention(torch.autograd.Function):
         cos, sin = None, None
         if rope is not None and options.window > 0:
             reach = options.window + 2 * options.tiles.window + 2 * options.tiles.chunk
-            cos, sin = rope_table(rope, options.rope_attention_factor, reach, q.shape[-1], q.device)
+            cos, sin = rope_table(rope, options.rope_attention_factor, reach, q)
         problem = Problem(
             q,
             k,
@@ -87,18 +91,7 @@ class _FusedAttention(torch.autograd.Function):
         p = replace(ctx.problem, q=q, k=k, v=v, g=g, start_or_none=start, cos=cos, sin=sin)
         d_out = torch.zeros_like(out) if d_out is None else d_out.contiguous()
         states = chunk_states(p, SegmentStarts(slots, log_decay, ctx.chunks_per_segment))
-        wide = torch.bfloat16 if q.dtype == torch.float16 else q.dtype
-        heads = p.batch * p.kv_heads
-        nothing_through_slots = torch.zeros_like if p.window == 0 else torch.empty_like
-        gradients = Gradients(
-            q=torch.empty_like(q),
-            delta=torch.empty_like(lse),
-            states=q.new_empty(heads, p.num_chunks, p.num_slots, p.key_dim + p.value_dim, dtype=wide),
-            logs=lse.new_empty(heads, p.num_chunks, p.num_slots),
-            written_keys=nothing_through_slots(k),
-            written_values=nothing_through_slots(v),
-            gates=torch.zeros_like(g),
-        )
+        gradients = empty_gradients(p, lse)
         backward_reads(p, states, out, lse, d_out, gradients)
         d_initial = backward_writes(p, states, gradients, None if d_final is None else d_final.contiguous())
         if p.window == 0:
@@ -124,7 +117,8 @@ def triton_attention(
     memory: Memory | None,
 ) -> tuple[Tensor, Memory]:
     """Arguments as `nha_attention`; dispatch has checked that the kernels serve them."""
-    assert window is not None
+    if window is None or window > WIDEST_FUSED_WINDOW:
+        return _wide_window(q, k, v, g, window, rope, rope_attention_factor, scale, empty_slots, cu_seqlens, memory)
     options = _Options(
         held=0 if memory is None else memory.window_keys.shape[1],
         window=window,
@@ -139,23 +133,77 @@ def triton_attention(
         length = torch.full((k.shape[0],), k.shape[1], dtype=torch.int64, device=k.device)
         return out, _memory(final, (k[:, tail], v[:, tail], clamp_log_gates(g[:, tail])), length, k.shape[-1], window)
     sequence = extend_sequence(k, v, g, window=window, cu_seqlens=cu_seqlens, memory=memory)
-    initial = None
-    if memory is not None:
-        initial = torch.cat([memory.slot_keys, memory.slot_values, memory.slot_log_decay[..., None]], dim=-1)
+    initial = _initial_slots(sequence, cu_seqlens, memory)
     start = _document_starts(sequence, cu_seqlens, memory)
-    if initial is not None and sequence.documents is not None and cu_seqlens is not None:
-        # The memory belongs to the first document, which may have no token here.
-        initial = torch.where(sequence.documents[:, sequence.held, None, None, None] == 0, initial, 0.0)
     out, final = _FusedAttention.apply(q, sequence.keys, sequence.values, sequence.log_gates, initial, start, rope, options)
+    return out, _memory_after(sequence, final, k.shape[-1], window)
+
+
+def _wide_window(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    window: int | None,
+    rope: Tensor | None,
+    rope_attention_factor: float,
+    scale: float,
+    empty_slots: Any,
+    cu_seqlens: Tensor | None,
+    memory: Memory | None,
+) -> tuple[Tensor, Memory]:
+    """The window by the flash kernel. Rotation is by position in the call, with angles formed in float64."""
+    if window is None and memory is not None:  # nothing forbids a memory whose slots hold something: the chunked form reads them
+        return chunked_attention(
+            q,
+            k,
+            v,
+            clamp_log_gates(g),
+            window=window,
+            rope=rope,
+            rope_attention_factor=rope_attention_factor,
+            scale=scale,
+            empty_slots=empty_slots,
+            cu_seqlens=cu_seqlens,
+            memory=memory,
+        )
+    sequence = extend_sequence(k, v, g, window=window, cu_seqlens=cu_seqlens, memory=memory)
+    keys, held = sequence.keys, sequence.held
+    rotated_q, rotated_k = q, keys
+    if rope is not None:
+        cos, sin = rope_tables(torch.arange(keys.shape[1], device=q.device), rope, rope_attention_factor, torch.float32)
+        rotated_q, rotated_k = rotate(q, cos[held:], sin[held:]).to(q.dtype), rotate(keys, cos, sin).to(q.dtype)
+    initial = _initial_slots(sequence, cu_seqlens, memory)
+    begin = torch.zeros(q.shape[0], dtype=torch.int64, device=q.device) if memory is None else held - memory.length.clamp(max=held)
+    bounds = sequence_bounds(q.shape[0], q.shape[1], held, begin, cu_seqlens)
+    options = MergedOptions(held, window, scale, empty_slots, choose_tiles(q, k, v, g, window or 0))
+    start = _document_starts(sequence, cu_seqlens, memory)
+    out, final = MergedAttention.apply(q, keys, sequence.values, sequence.log_gates, rotated_q, rotated_k, initial, start, bounds, options)
+    if final is None:
+        final = q.new_zeros(*g.shape[:1], *g.shape[2:], k.shape[3] + v.shape[3] + 1, dtype=torch.float32)
+    return out, _memory_after(sequence, final, k.shape[3], window)
+
+
+def _initial_slots(sequence: ExtendedSequence, cu_seqlens: Tensor | None, memory: Memory | None) -> Tensor | None:
+    """Slots and log-decay before the first query [B, H, M, K+V+1]; empty where the memory's document has no token in this call."""
+    if memory is None:
+        return None
+    initial = torch.cat([memory.slot_keys, memory.slot_values, memory.slot_log_decay[..., None]], dim=-1)
+    if sequence.documents is not None and cu_seqlens is not None:
+        initial = torch.where(sequence.documents[:, sequence.held, None, None, None] == 0, initial, 0.0)
+    return initial
+
+
+def _memory_after(sequence: ExtendedSequence, final: Tensor, key_dim: int, window: int | None) -> Memory:
     if sequence.documents is not None and sequence.num_documents > 1:  # a last document without tokens leaves empty slots
         belongs = sequence.documents[:, -1] == sequence.num_documents - 1
         final = torch.where(belongs[:, None, None, None], final, 0.0)
     keys, values, log_gates = sequence.window_tail()
     length = sequence.length.expand(final.shape[0]).clone()
-    return out, _memory(final, (keys, values, clamp_log_gates(log_gates)), length, k.shape[-1], window)
+    return _memory(final, (keys, values, clamp_log_gates(log_gates)), length, key_dim, window)
 
 
-def _memory(final: Tensor, tail: tuple[Tensor, Tensor, Tensor], length: Tensor, key_dim: int, window: int) -> Memory:
+def _memory(final: Tensor, tail: tuple[Tensor, Tensor, Tensor], length: Tensor, key_dim: int, window: int | None) -> Memory:
     return Memory(final[..., :key_dim], final[..., key_dim:-1], final[..., -1], *tail, length, window)
 
 

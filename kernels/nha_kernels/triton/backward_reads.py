@@ -20,6 +20,7 @@ from .states import ChunkStates
 from .tiles import (
     SMALLEST_NORMAL,
     biased_logits,
+    decayed,
     dot_halves,
     load_halves,
     load_rows,
@@ -72,6 +73,7 @@ def slot_backward_reads(
     GATE_DOT: tl.constexpr,
     EMPTY: tl.constexpr,
     DOCS: tl.constexpr,
+    ONE_BLOCK: tl.constexpr,
 ):
     n = tl.program_id(0)
     bh = tl.program_id(1).to(tl.int64)
@@ -125,23 +127,39 @@ def slot_backward_reads(
         gate = load_gates(g + at_written * M, index * H, slot, written, M)
         floored = tl.maximum(gate, GATE_FLOOR)
         strength = write_strength(floored)
-        exponent, from_state = row_decays(token, first, index, index_first, floored, continues, DOCS, GATE_DOT)
+        exponent, from_state, at_reference = row_decays(
+            token, first, index, index_first, floored, continues, BLOCK, DOCS, ONE_BLOCK, GATE_DOT
+        )
         own_strength = tl.dot(tl.where(index[None, :] == token[:, None], 1.0, 0.0), strength, input_precision=GATE_DOT)
         s1, s2 = load_halves(state_keys + at_state * K, slot, slot_ok, K, HALF)
         state = load_rows(state_values + at_state * V, slot, slot_ok, V)
-        logits = dot_halves(q1, q2, s1, s2) * from_state
-        dp = tl.dot(do, tl.trans(state), input_precision="tf32x3") * from_state
+        logits = decayed(dot_halves(q1, q2, s1, s2), from_state, at_reference, ONE_BLOCK)
+        dp = decayed(tl.dot(do, tl.trans(state), input_precision="tf32x3"), from_state, at_reference, ONE_BLOCK)
         for block in tl.static_range(0, C, BLOCK):
             to_row, to_reference = pair_factors(
-                exponent, token, first, index, index_first, floored, start, b, t0, T, held, block, BLOCK, DOCS, GATE_DOT
+                exponent,
+                from_state,
+                token,
+                first,
+                index,
+                index_first,
+                floored,
+                start,
+                b,
+                t0,
+                T,
+                held,
+                block,
+                BLOCK,
+                DOCS,
+                ONE_BLOCK,
+                GATE_DOT,
             )
             from_write = to_decay_dtype(strength * to_reference, q1)
             logits += to_row * tl.dot(tl.trans(scores), from_write, input_precision="tf32x3")
             dp += to_row * tl.dot(tl.trans(value_scores), from_write, input_precision="tf32x3")
-        own_logits = own_score[:, None] * own_strength
-        own_dp = own_value_score[:, None] * own_strength
-        logits += own_logits
-        dp += own_dp
+        logits += own_score[:, None] * own_strength
+        dp += own_value_score[:, None] * own_strength
         log_mass = logits
         if EMPTY == 2:
             log_before = tl.load(state_log + at_state + slot, mask=slot_ok, other=0.0)
@@ -150,7 +168,8 @@ def slot_backward_reads(
         p = tl.exp2(biased - lse_row[:, None])
         softmax_gradient = p * (dp - delta[:, None])
         de = softmax_gradient * scale
-        exponent_gradient = group_sum(de * (logits - own_logits) + p * (dp - own_dp), C, RP, BM)
+        own_gradient = group_sum(de * own_score[:, None] + p * own_value_score[:, None], C, RP, BM)
+        exponent_gradient = group_sum(de * logits + p * dp, C, RP, BM) - strength * own_gradient
         if EMPTY == 2:
             mass = write_strength(log_mass)
             d_log = tl.where(mass > SMALLEST_NORMAL, softmax_gradient * (1 - 1 / tl.maximum(mass, SMALLEST_NORMAL)), 0.0)
@@ -158,8 +177,8 @@ def slot_backward_reads(
             tl.store(log_gradient + (bh * num_chunks + n) * M + slot, to_state, mask=slot_ok)
             exponent_gradient += group_sum(d_log, C, RP, BM)
 
-        de_state = (de * from_state).to(dtype)
-        p_state = (p * from_state).to(dtype)
+        de_state = decayed(de, from_state, at_reference, ONE_BLOCK).to(dtype)
+        p_state = decayed(p, from_state, at_reference, ONE_BLOCK).to(dtype)
         dq1 = tl.dot(de_state, s1, dq1, input_precision="tf32x3")
         dq2 = tl.dot(de_state, s2, dq2, input_precision="tf32x3")
         at_gradient = state_gradient + ((bh * num_chunks + n) * M) * (K + V)
@@ -177,7 +196,23 @@ def slot_backward_reads(
         strength_gradient = tl.zeros((C, BM), tl.float32)
         for block in tl.static_range(0, C, BLOCK):
             to_row, to_reference = pair_factors(
-                exponent, token, first, index, index_first, floored, start, b, t0, T, held, block, BLOCK, DOCS, GATE_DOT
+                exponent,
+                from_state,
+                token,
+                first,
+                index,
+                index_first,
+                floored,
+                start,
+                b,
+                t0,
+                T,
+                held,
+                block,
+                BLOCK,
+                DOCS,
+                ONE_BLOCK,
+                GATE_DOT,
             )
             from_write = to_decay_dtype(strength * to_reference, q1)
             de_row = to_decay_dtype(de * to_row, q1)
@@ -189,7 +224,7 @@ def slot_backward_reads(
             strength_gradient += received * to_reference
         later = (index[None, :] >= index[:, None]) & (index_first[None, :] == index_first[:, None])
         summed = tl.dot(tl.where(later, 1.0, 0.0), exponent_gradient - strength * strength_gradient, input_precision=GATE_DOT)
-        strength_gradient += group_sum(de * own_score[:, None] + p * own_value_score[:, None], C, RP, BM)
+        strength_gradient += own_gradient
         dg = tl.where(gate < -40.0, 0.0, summed - tl.exp(floored) * strength_gradient)
         at_gates = gate_gradient + at_written * M + index[:, None] * (H * M) + slot[None, :]
         tl.store(at_gates, dg, mask=written[:, None] & slot_ok[None, :])
@@ -235,7 +270,7 @@ def backward_reads(problem: Problem, states: ChunkStates, out: Tensor, lse: Tens
         p.window,
         p.num_chunks,
         p.scale,
-        **p.tile_constants("H R RP K V M C BLOCK BM HALF GATE_FLOOR GATE_DOT EMPTY DOCS"),
+        **p.tile_constants("H R RP K V M C BLOCK BM HALF GATE_FLOOR GATE_DOT EMPTY DOCS ONE_BLOCK"),
         num_warps=p.tiles.read_warps,
         num_stages=p.tiles.read_stages,
     )

@@ -60,7 +60,7 @@ def compose_state_gradients(
     at_decay = chunk_decay + bh * num_chunks * M + slot
     at_log = log_gradient + bh * num_chunks * M + slot
     step = tl.full((), M * D, tl.int64)
-    for i in range(0, num_chunks, 8):
+    for i in range(0, num_chunks, 16):
         n = num_chunks - 1 - i
         own0, log0, decay0 = _load_step(at, at_log, at_decay, n - 0, step, M, ok, EMPTY)
         own1, log1, decay1 = _load_step(at, at_log, at_decay, n - 1, step, M, ok, EMPTY)
@@ -70,6 +70,14 @@ def compose_state_gradients(
         own5, log5, decay5 = _load_step(at, at_log, at_decay, n - 5, step, M, ok, EMPTY)
         own6, log6, decay6 = _load_step(at, at_log, at_decay, n - 6, step, M, ok, EMPTY)
         own7, log7, decay7 = _load_step(at, at_log, at_decay, n - 7, step, M, ok, EMPTY)
+        own8, log8, decay8 = _load_step(at, at_log, at_decay, n - 8, step, M, ok, EMPTY)
+        own9, log9, decay9 = _load_step(at, at_log, at_decay, n - 9, step, M, ok, EMPTY)
+        own10, log10, decay10 = _load_step(at, at_log, at_decay, n - 10, step, M, ok, EMPTY)
+        own11, log11, decay11 = _load_step(at, at_log, at_decay, n - 11, step, M, ok, EMPTY)
+        own12, log12, decay12 = _load_step(at, at_log, at_decay, n - 12, step, M, ok, EMPTY)
+        own13, log13, decay13 = _load_step(at, at_log, at_decay, n - 13, step, M, ok, EMPTY)
+        own14, log14, decay14 = _load_step(at, at_log, at_decay, n - 14, step, M, ok, EMPTY)
+        own15, log15, decay15 = _load_step(at, at_log, at_decay, n - 15, step, M, ok, EMPTY)
         gradient, log = _take_step(at, at_log, n - 0, step, M, ok, gradient, log, own0, log0, decay0, LOG)
         gradient, log = _take_step(at, at_log, n - 1, step, M, ok, gradient, log, own1, log1, decay1, LOG)
         gradient, log = _take_step(at, at_log, n - 2, step, M, ok, gradient, log, own2, log2, decay2, LOG)
@@ -78,6 +86,14 @@ def compose_state_gradients(
         gradient, log = _take_step(at, at_log, n - 5, step, M, ok, gradient, log, own5, log5, decay5, LOG)
         gradient, log = _take_step(at, at_log, n - 6, step, M, ok, gradient, log, own6, log6, decay6, LOG)
         gradient, log = _take_step(at, at_log, n - 7, step, M, ok, gradient, log, own7, log7, decay7, LOG)
+        gradient, log = _take_step(at, at_log, n - 8, step, M, ok, gradient, log, own8, log8, decay8, LOG)
+        gradient, log = _take_step(at, at_log, n - 9, step, M, ok, gradient, log, own9, log9, decay9, LOG)
+        gradient, log = _take_step(at, at_log, n - 10, step, M, ok, gradient, log, own10, log10, decay10, LOG)
+        gradient, log = _take_step(at, at_log, n - 11, step, M, ok, gradient, log, own11, log11, decay11, LOG)
+        gradient, log = _take_step(at, at_log, n - 12, step, M, ok, gradient, log, own12, log12, decay12, LOG)
+        gradient, log = _take_step(at, at_log, n - 13, step, M, ok, gradient, log, own13, log13, decay13, LOG)
+        gradient, log = _take_step(at, at_log, n - 14, step, M, ok, gradient, log, own14, log14, decay14, LOG)
+        gradient, log = _take_step(at, at_log, n - 15, step, M, ok, gradient, log, own15, log15, decay15, LOG)
     tl.store(initial_gradient + at_ends + column, gradient, mask=ok)
     tl.store(initial_gradient + at_ends + D, log)
 

@@ -12,8 +12,7 @@ from torch import Tensor
 
 from .problem import Tiles
 
-_WIDEST_WINDOW = 512
-_LARGEST_GROUP = 8  # 16 tokens of a group are the rows of a tile
+WIDEST_FUSED_WINDOW = 512  # wider ones, and full attention, go through PyTorch's flash kernel
 
 
 def choose_tiles(q: Tensor, k: Tensor, v: Tensor, g: Tensor, window: int) -> Tiles:
@@ -27,6 +26,7 @@ def choose_tiles(q: Tensor, k: Tensor, v: Tensor, g: Tensor, window: int) -> Til
     return Tiles(
         chunk=16,
         block=8 if exact else 16,
+        scan_columns=128 if q.shape[3] % 128 == v.shape[3] % 128 == 0 else 64,
         slots=min(most, 1 << (g.shape[3] - 1).bit_length()),
         window=min(most, 64 if window > 32 else 32 if window > 16 else 16),
         forward_warps=warps,
@@ -49,14 +49,16 @@ def refusal(q: Tensor, k: Tensor, v: Tensor, g: Tensor, window: int | None) -> s
         return f"the kernels take bfloat16, float16 and float32, not {q.dtype}"
     if not set(dims) <= {64, 128, 256}:
         return f"K and V must be 64, 128 or 256, given {dims}"
-    if q.dtype == torch.float32 and max(dims) > 128:
-        return f"in float32 K and V are at most 128, given {dims}: the tiles exceed shared memory"
+    most = 8 if max(dims) <= 128 else 2 if q.dtype == torch.float32 else 4
+    if group > most:
+        return f"at most {most} query heads share a KV head with K, V = {dims} in {q.dtype}, given {group}: a tile exceeds shared memory"
     if slots % 16 or not 16 <= slots <= 256:
         return f"M must be a multiple of 16 from 16 to 256, given {slots}"
-    if group > _LARGEST_GROUP:
-        return f"at most {_LARGEST_GROUP} query heads share a KV head, given {group}"
-    if window is None or window > _WIDEST_WINDOW:
-        return f"windows are at most {_WIDEST_WINDOW} tokens, given {'full attention' if window is None else window}"
+    if window is None or window > WIDEST_FUSED_WINDOW:
+        if q.dtype == torch.float32:
+            return f"windows wider than {WIDEST_FUSED_WINDOW} tokens go through flash attention, which does not take float32"
+        if dims[0] != dims[1]:
+            return f"windows wider than {WIDEST_FUSED_WINDOW} tokens go through flash attention, which needs K = V, given {dims}"
     return None
 
 
@@ -65,5 +67,9 @@ def explain_dispatch(q: Tensor, k: Tensor, v: Tensor, g: Tensor, *, window: int 
     reason = refusal(q, k, v, g, window)
     if reason is not None:
         return f"torch: {reason}"
-    assert window is not None
-    return f"triton: {choose_tiles(q, k, v, g, window)}"
+    if window is None:
+        return "triton: PyTorch's flash kernel; slots are never written"
+    tiles = choose_tiles(q, k, v, g, window)
+    if window > WIDEST_FUSED_WINDOW:
+        return f"triton: window by PyTorch's flash kernel, slots fused, {tiles}"
+    return f"triton: fused, {tiles}"

@@ -14,6 +14,7 @@ from .problem import Problem
 from .states import ChunkStates
 from .tiles import (
     biased_logits,
+    decayed,
     dot_halves,
     load_halves,
     load_rows,
@@ -72,6 +73,7 @@ def attention_forward(
     GATE_DOT: tl.constexpr,
     EMPTY: tl.constexpr,
     DOCS: tl.constexpr,
+    ONE_BLOCK: tl.constexpr,
     ROPE: tl.constexpr,
     WINDOW: tl.constexpr,
 ):
@@ -134,13 +136,31 @@ def attention_forward(
         slot = m + tl.arange(0, BM)
         gate = load_gates(g + at_written * M, index * H, slot, written, M)
         floored = tl.maximum(gate, GATE_FLOOR)
-        exponent, from_state = row_decays(token, first, index, index_first, floored, continues, DOCS, GATE_DOT)
+        exponent, from_state, at_reference = row_decays(
+            token, first, index, index_first, floored, continues, BLOCK, DOCS, ONE_BLOCK, GATE_DOT
+        )
         s1, s2 = load_halves(state_keys + at_state * K, slot, slot < M, K, HALF)
-        slot_logits = dot_halves(q1, q2, s1, s2) * from_state
+        slot_logits = decayed(dot_halves(q1, q2, s1, s2), from_state, at_reference, ONE_BLOCK)
         strength = write_strength(floored)
         for block in tl.static_range(0, C, BLOCK):
             to_row, to_reference = pair_factors(
-                exponent, token, first, index, index_first, floored, start, b, t0, T, held, block, BLOCK, DOCS, GATE_DOT
+                exponent,
+                from_state,
+                token,
+                first,
+                index,
+                index_first,
+                floored,
+                start,
+                b,
+                t0,
+                T,
+                held,
+                block,
+                BLOCK,
+                DOCS,
+                ONE_BLOCK,
+                GATE_DOT,
             )
             slot_logits += to_row * tl.dot(scores, to_decay_dtype(strength * to_reference, q1), input_precision="tf32x3")
         slot_logits = slot_logits * logit_scale
@@ -152,11 +172,27 @@ def attention_forward(
         slot_p, largest, total, acc = _fold(slot_logits, largest, total, acc)
 
         state = load_rows(state_values + at_state * V, slot, slot < M, V)
-        acc = tl.dot((slot_p * from_state).to(dtype), state, acc, input_precision="tf32x3")
+        acc = tl.dot(decayed(slot_p, from_state, at_reference, ONE_BLOCK).to(dtype), state, acc, input_precision="tf32x3")
         weights = tl.zeros((C * RP, C), tl.float32)
         for block in tl.static_range(0, C, BLOCK):
             to_row, to_reference = pair_factors(
-                exponent, token, first, index, index_first, floored, start, b, t0, T, held, block, BLOCK, DOCS, GATE_DOT
+                exponent,
+                from_state,
+                token,
+                first,
+                index,
+                index_first,
+                floored,
+                start,
+                b,
+                t0,
+                T,
+                held,
+                block,
+                BLOCK,
+                DOCS,
+                ONE_BLOCK,
+                GATE_DOT,
             )
             weights = tl.dot(
                 to_decay_dtype(slot_p * to_row, q1),
@@ -199,7 +235,7 @@ def forward(problem: Problem, states: ChunkStates) -> tuple[Tensor, Tensor]:
         p.window,
         p.num_chunks,
         p.scale,
-        **p.tile_constants("H R RP K V M C BLOCK BM BN HALF GATE_FLOOR GATE_DOT EMPTY DOCS ROPE WINDOW"),
+        **p.tile_constants("H R RP K V M C BLOCK BM BN HALF GATE_FLOOR GATE_DOT EMPTY DOCS ONE_BLOCK ROPE WINDOW"),
         num_warps=p.tiles.forward_warps,
         num_stages=p.tiles.forward_stages,
     )

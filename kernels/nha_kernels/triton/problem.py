@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 
@@ -14,16 +15,17 @@ class Tiles:
     block: int
     slots: int  # slots taken at a time
     window: int  # window rows taken at a time
-    state_columns: int = 64
-    scan_warps: int = 4
+    scan_slots: int = 16  # the scan is elementwise in the state: small pieces that one warp holds need no barrier
+    scan_columns: int = 128
+    scan_warps: int = 1
     forward_warps: int = 4
     read_warps: int = 4
     query_warps: int = 4
     key_warps: int = 4
-    scan_stages: int = 3
-    forward_stages: int = 2
+    scan_stages: int = 2
+    forward_stages: int = 1
     read_stages: int = 1
-    query_stages: int = 2
+    query_stages: int = 1
     key_stages: int = 2
 
 
@@ -95,10 +97,6 @@ class Problem:
         return -(-self.num_tokens // self.C)
 
     @property
-    def state_columns(self) -> int:
-        return self.tiles.state_columns
-
-    @property
     def start(self) -> Tensor:
         return self.g if self.start_or_none is None else self.start_or_none  # never read with DOCS = 0
 
@@ -143,6 +141,7 @@ class Problem:
             "GATE_DOT": self.GATE_DOT,
             "EMPTY": self.EMPTY,
             "DOCS": self.DOCS,
+            "ONE_BLOCK": self.DOCS != 2 and self.C == self.tiles.block == 16,
             "ROPE": self.cos is not None,
             "WINDOW": self.attend_window and self.window > 0,
         }
@@ -160,3 +159,20 @@ class Gradients:
     written_keys: Tensor  # [B, E, H, K] gradient through the slots; rows that were never written are not touched
     written_values: Tensor  # [B, E, H, V]
     gates: Tensor  # [B, E, H, M]
+
+
+def empty_gradients(problem: Problem, lse: Tensor) -> Gradients:
+    """Gates that are never written have gradient zero; so have keys and values, where no window kernel adds to them."""
+    p = problem
+    heads = p.batch * p.kv_heads
+    wide = torch.bfloat16 if p.q.dtype == torch.float16 else p.q.dtype
+    through_slots = torch.empty_like if p.attend_window and p.window > 0 else torch.zeros_like
+    return Gradients(
+        q=torch.empty_like(p.q),
+        delta=torch.empty_like(lse),
+        states=p.q.new_empty(heads, p.num_chunks, p.num_slots, p.key_dim + p.value_dim, dtype=wide),
+        logs=lse.new_empty(heads, p.num_chunks, p.num_slots),
+        written_keys=through_slots(p.k),
+        written_values=through_slots(p.v),
+        gates=torch.zeros_like(p.g),
+    )

@@ -209,7 +209,7 @@ class SegmentStarts(NamedTuple):
     chunks_per_segment: int
 
 
-_PROGRAMS = 512  # enough to fill any chip of today several times
+_PROGRAMS = 2048  # enough to fill any chip of today several times
 _LEAST_CHUNKS = 8  # shorter segments cost more in composing than they gain
 
 
@@ -217,7 +217,7 @@ def segment_starts(problem: Problem, initial: Tensor | None) -> SegmentStarts:
     """Slots before each segment. `initial`: slots and log-decay of the memory, [B, H, M, K+V+1] in float32."""
     p = problem
     heads, width = p.batch * p.kv_heads, p.key_dim + p.value_dim
-    per_chunk = heads * triton.cdiv(p.num_slots, p.BM) * (width // p.state_columns)
+    per_chunk = heads * triton.cdiv(p.num_slots, p.tiles.scan_slots) * (width // p.tiles.scan_columns)
     length = max(_LEAST_CHUNKS, triton.cdiv(p.num_chunks * per_chunk, _PROGRAMS))
     segments = triton.cdiv(p.num_chunks, length)
     options = {"dtype": torch.float32, "device": p.k.device}
@@ -267,7 +267,7 @@ def _scan(p: Problem, starts: SegmentStarts, decays: Tensor, states: ChunkStates
     keys, values, log_decay, chunk_decay, final = states or (p.k, p.v, decays, decays, decays)
     grid = (
         starts.slots.shape[1],
-        triton.cdiv(p.num_slots, p.BM) * ((p.key_dim + p.value_dim) // p.state_columns),
+        triton.cdiv(p.num_slots, p.tiles.scan_slots) * ((p.key_dim + p.value_dim) // p.tiles.scan_columns),
         p.batch * p.kv_heads,
     )
     scan_segments[grid](
@@ -294,8 +294,8 @@ def _scan(p: Problem, starts: SegmentStarts, decays: Tensor, states: ChunkStates
         V=p.value_dim,
         M=p.num_slots,
         C=p.C,
-        BM=p.BM,
-        BD=p.state_columns,
+        BM=p.tiles.scan_slots,
+        BD=p.tiles.scan_columns,
         GATE_FLOOR=p.GATE_FLOOR,
         GATE_DOT=p.GATE_DOT,
         DOCS=p.DOCS,

@@ -46,7 +46,7 @@ def load_rows(at, row, row_ok, N: tl.constexpr):
 @triton.jit
 def load_angles(cos, sin, offset, K: tl.constexpr):
     at = offset[:, None] * (K // 2) + tl.arange(0, K // 2)[None, :]
-    return tl.load(cos + at), tl.load(sin + at)
+    return tl.load(cos + at).to(tl.float32), tl.load(sin + at).to(tl.float32)
 
 
 @triton.jit
@@ -93,21 +93,49 @@ def visible_pairs(token, first, index, index_first, written, DOCS: tl.constexpr)
 
 
 @triton.jit
-def row_decays(token, first, index, index_first, gate, continues, DOCS: tl.constexpr, GATE_DOT: tl.constexpr):
-    """Sum of the log-gates up to each row, in its document, and the decay of the slots before the chunk: both [rows, M]."""
+def row_decays(
+    token,
+    first,
+    index,
+    index_first,
+    gate,
+    continues,
+    BLOCK: tl.constexpr,
+    DOCS: tl.constexpr,
+    ONE_BLOCK: tl.constexpr,
+    GATE_DOT: tl.constexpr,
+):
+    """Decay of the slots before the chunk at each row, [rows, M], in its document; also its exponent and `at_reference` [M].
+
+    With ONE_BLOCK the decay is the product of the row factor of that block and `at_reference`, the decay at the reference token; only the
+    row factor is returned, because a second tile of this size would cost registers. See `decayed`.
+    """
     summed = index[None, :] <= token[:, None]
     if DOCS == 2:
         summed = summed & (index_first[None, :] == first[:, None])
     exponent = tl.dot(tl.where(summed, 1.0, 0.0), gate, input_precision=GATE_DOT)
-    decay = tl.exp(exponent)
+    reference = tl.sum(tl.where((index < BLOCK // 2)[:, None], gate, 0.0), 0)
+    if ONE_BLOCK:
+        decay = tl.exp(exponent - reference[None, :])
+    else:
+        decay = tl.exp(exponent)
     if DOCS == 2:
         decay = tl.where(continues[:, None], decay, 0.0)
-    return exponent, decay
+    return exponent, decay, tl.exp(reference)
+
+
+@triton.jit
+def decayed(x, from_state, at_reference, ONE_BLOCK: tl.constexpr):
+    """x times the decay of the slots before the chunk."""
+    if ONE_BLOCK:
+        x = x * at_reference[None, :]
+    return x * from_state
 
 
 @triton.jit
 def pair_factors(
     exponent,
+    from_state,
     token,
     first,
     index,
@@ -121,6 +149,7 @@ def pair_factors(
     BLOCK_START: tl.constexpr,
     BLOCK: tl.constexpr,
     DOCS: tl.constexpr,
+    ONE_BLOCK: tl.constexpr,
     GATE_DOT: tl.constexpr,
 ):
     """Decay from a write of the block to a row as a product: to_row [rows, M] from the block's reference token on, 0 for rows before the
@@ -133,12 +162,14 @@ def pair_factors(
         key_exponent = decay_exponent(index, reference, index, gate, GATE_DOT)
         at_middle = load_starts(start, b, t0, tl.zeros_like(token) + middle, T, DOCS)
         reference = reference_token(first, at_middle, BLOCK_START, held, t0, BLOCK, DOCS)
-        row_exponent = decay_exponent(token, reference, index, gate, GATE_DOT)
+        to_row = tl.exp(tl.minimum(decay_exponent(token, reference, index, gate, GATE_DOT), LARGEST_EXPONENT))
     else:
         at_reference = tl.sum(tl.where((index <= middle)[:, None], gate, 0.0), 0)
         key_exponent = tl.cumsum(gate, 0) - at_reference[None, :]
-        row_exponent = exponent - at_reference[None, :]
-    to_row = tl.exp(tl.minimum(row_exponent, LARGEST_EXPONENT))
+        if ONE_BLOCK:
+            to_row = from_state
+        else:
+            to_row = tl.exp(tl.minimum(exponent - at_reference[None, :], LARGEST_EXPONENT))
     to_reference = tl.exp(tl.minimum(-key_exponent, LARGEST_EXPONENT))
     if BLOCK_START > 0:
         to_row = tl.where((token >= BLOCK_START)[:, None], to_row, 0.0)

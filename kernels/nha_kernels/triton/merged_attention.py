@@ -1,0 +1,108 @@
+"""Wide windows and full attention: the window by PyTorch's flash kernel, the slots by ours, one softmax over both by their log-sum-exps."""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from .backward_reads import backward_reads
+from .backward_writes import backward_writes
+from .flash import Bounds, flash_backward, flash_forward
+from .forward import forward
+from .problem import Problem, Tiles, empty_gradients
+from .states import SegmentStarts, chunk_states, segment_starts
+
+
+@dataclass(frozen=True)
+class MergedOptions:
+    held: int
+    window: int | None  # None: full attention, no slot is ever written
+    scale: float
+    empty_slots: str
+    tiles: Tiles
+
+
+class MergedAttention(torch.autograd.Function):
+    """Output [B, T, HQ, V] and, unless the window is full, the slots after the last token [B, H, M, K+V+1]."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        g: Tensor,
+        rotated_q: Tensor,
+        rotated_k: Tensor,
+        initial: Tensor | None,
+        start: Tensor | None,
+        bounds: Bounds,
+        options: MergedOptions,
+    ) -> tuple[Tensor, Tensor | None]:
+        q, k, v, g, rotated_q, rotated_k = (x.contiguous() for x in (q, k, v, g, rotated_q, rotated_k))
+        window_out, window_lse = flash_forward(rotated_q, rotated_k, v, bounds, options.window, options.scale)
+        problem, starts, final = None, None, None
+        if options.window is None:
+            slot_out = None
+            empty = math.log(g.shape[3]) if options.empty_slots == "attend" else -math.inf
+            slot_lse = torch.full_like(window_lse, empty)
+        else:
+            problem = _problem(q, k, v, g, start, options)
+            starts = segment_starts(problem, None if initial is None else initial.contiguous())
+            states = chunk_states(problem, starts)
+            slot_out, slot_lse = forward(problem, states)
+            final = states.final.view(q.shape[0], k.shape[2], *states.final.shape[1:])
+        lse = torch.logaddexp(slot_lse, window_lse)
+        out = torch.exp(window_lse - lse)[..., None] * window_out
+        if slot_out is not None:
+            out = out + torch.exp(slot_lse - lse)[..., None] * slot_out
+        out = out.to(q.dtype)
+        kept = (None, None) if starts is None else (starts.slots, starts.log_decay)
+        ctx.save_for_backward(q, k, v, g, rotated_q, rotated_k, start, *bounds, out, lse, *kept)
+        ctx.options = options
+        ctx.chunks_per_segment = 0 if starts is None else starts.chunks_per_segment
+        ctx.has_initial = initial is not None
+        ctx.set_materialize_grads(False)
+        return out, final
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_out: Tensor | None, d_final: Tensor | None) -> tuple[Tensor | None, ...]:
+        q, k, v, g, rotated_q, rotated_k, start, queries, rows, out, lse, slots, log_decay = ctx.saved_tensors
+        bounds = Bounds(queries, rows)
+        options: MergedOptions = ctx.options
+        d_out = torch.zeros_like(out) if d_out is None else d_out.contiguous()
+        d_rotated = flash_backward(d_out, rotated_q, rotated_k, v, out, lse, bounds, options.window, options.scale)
+        if options.window is None:
+            return None, None, d_rotated[2], torch.zeros_like(g), d_rotated[0], d_rotated[1], None, None, None, None
+        p = _problem(q, k, v, g, start, options)
+        states = chunk_states(p, SegmentStarts(slots, log_decay, ctx.chunks_per_segment))
+        gradients = empty_gradients(p, lse)
+        backward_reads(p, states, out, lse, d_out, gradients)
+        d_initial = backward_writes(p, states, gradients, None if d_final is None else d_final.contiguous())
+        d_initial = d_initial.view(p.batch, p.kv_heads, *d_initial.shape[1:]) if ctx.has_initial else None
+        dv = d_rotated[2] + gradients.written_values
+        return gradients.q, gradients.written_keys, dv, gradients.gates, d_rotated[0], d_rotated[1], d_initial, None, None, None
+
+
+def _problem(q: Tensor, k: Tensor, v: Tensor, g: Tensor, start: Tensor | None, options: MergedOptions) -> Problem:
+    assert options.window is not None
+    return Problem(
+        q,
+        k,
+        v,
+        g,
+        start,
+        cos=None,
+        sin=None,
+        held=options.held,
+        window=options.window,
+        rotated_pairs=0,
+        scale=options.scale,
+        empty_slots=options.empty_slots,
+        attend_window=False,
+        tiles=options.tiles,
+    )
