@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parents[2]
 SUBMIT = ROOT / "launch" / "slurm" / "submit.py"
 
 # A job starts Python processes that import torch, on a machine that may be busy with other tests.
-PATIENCE_S = 400.0
+PATIENCE_S = 900.0
 DONE = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
 
 needs_deepspeed = pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="the package deepspeed is not installed")
