@@ -10,6 +10,8 @@ _KNOWN = (
     (UserWarning, r"full scope is deprecated. Use empty cuda_graph_scope"),
     # megatron-core's buffers look at .grad of views
     (UserWarning, r"The \.grad attribute of a Tensor that is not a leaf"),
+    # a checkpoint read by one process, as the export does
+    (UserWarning, r"torch\.distributed is disabled, unavailable or uninitialized"),
     # renamed in torch 2.13; megatron-core calls the old names, which older versions need
     (FutureWarning, r"`torch\.distributed\.\w+` is deprecated. Please use"),
 )

@@ -19,6 +19,7 @@ from pathlib import Path
 import psutil
 
 from nha_megatron.config import ConfigError, RunConfig, load_config
+from nha_megatron.known_warnings import silence_known_warnings
 
 CORPUS = Path("data/quickstart/corpus.jsonl")
 
@@ -102,6 +103,7 @@ def train_with_one_interruption(path: str, overrides: list[str], config: RunConf
 
 def report_losses(config: RunConfig, directory: Path) -> None:
     """Print the model's validation loss beside that of a unigram model of the same tokens, and draw the curve with both."""
+    silence_known_warnings()
     from nha_megatron.data.token_files import TokenFile
     from nha_megatron.data.unigram import unigram_loss
     from nha_megatron.training.metrics import read_metrics
