@@ -24,7 +24,7 @@ _POINTERS = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*f
 class Launch:
     kernel: JITFunction
     arguments: dict[str, Any]
-    options: dict[str, int]
+    options: dict[str, int | None]
 
     def compile(self, capability: int) -> Any:
         signature, constants, attributes = {}, {}, {}
@@ -50,7 +50,7 @@ def recorded() -> Iterator[list[Launch]]:
     launches: list[Launch] = []
 
     def record(self: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
-        options = {name: kwargs.pop(name) for name in ("num_warps", "num_stages") if name in kwargs}
+        options = {name: kwargs.pop(name) for name in ("num_warps", "num_stages", "maxnreg") if name in kwargs}
         names = [parameter.name for parameter in self.params]
         launches.append(Launch(self, {**dict(zip(names, args, strict=False)), **kwargs}, options))
 

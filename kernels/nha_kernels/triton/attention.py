@@ -94,6 +94,7 @@ class _FusedAttention(torch.autograd.Function):
         gradients = empty_gradients(p, lse)
         backward_reads(p, states, out, lse, d_out, gradients)
         d_initial = backward_writes(p, states, gradients, None if d_final is None else d_final.contiguous())
+        del states  # the window needs none of it
         if p.window == 0:
             dk, dv = gradients.written_keys, gradients.written_values
         else:

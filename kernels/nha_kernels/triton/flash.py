@@ -39,7 +39,7 @@ def flash_forward(q: Tensor, k: Tensor, v: Tensor, bounds: Bounds, window: int |
     out, lse, *_ = torch.ops.aten._flash_attention_forward(
         *arguments, *bounds, q.shape[1], k.shape[1], 0.0, True, False, scale=scale, window_size_left=left, window_size_right=0
     )
-    return out.view(*q.shape[:3], v.shape[3]), lse.t().reshape(q.shape[:3])
+    return out.view(*q.shape[:3], v.shape[3]), lse.t().contiguous().view(q.shape[:3])
 
 
 def flash_backward(

@@ -59,7 +59,7 @@ class MergedAttention(torch.autograd.Function):
         out = torch.exp(window_lse - lse)[..., None] * window_out
         if slot_out is not None:
             out = out + torch.exp(slot_lse - lse)[..., None] * slot_out
-        out = out.to(q.dtype)
+        out = out.to(q.dtype).contiguous()
         kept = (None, None) if starts is None else (starts.slots, starts.log_decay)
         ctx.save_for_backward(q, k, v, g, rotated_q, rotated_k, start, *bounds, out, lse, *kept)
         ctx.options = options

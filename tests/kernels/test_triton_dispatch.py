@@ -1,0 +1,50 @@
+"""What the kernels refuse, with the reason; `auto` then takes the torch backend."""
+
+import pytest
+import torch
+
+from nha_kernels import explain_dispatch, nha_attention
+
+pytest.importorskip("triton", reason="triton is not installed: nothing is dispatched to it")
+
+
+def call(
+    *, group: int = 4, dims: tuple[int, int] = (128, 128), slots: int = 64, dtype: torch.dtype = torch.bfloat16
+) -> tuple[torch.Tensor, ...]:
+    q, k = torch.zeros(1, 4, 2 * group, dims[0], dtype=dtype), torch.zeros(1, 4, 2, dims[0], dtype=dtype)
+    return q, k, torch.zeros(1, 4, 2, dims[1], dtype=dtype), torch.zeros(1, 4, 2, slots)
+
+
+def test_cpu_tensors_go_to_torch() -> None:
+    assert explain_dispatch(*call(), window=64).startswith("torch: the kernels run on CUDA devices")
+    with pytest.raises(ValueError, match="backend='triton' does not serve this call: the kernels run on CUDA devices"):
+        nha_attention(*call(), window=64, backend="triton")
+
+
+@pytest.mark.parametrize(
+    ("shape", "window", "reason"),
+    [
+        ({"dims": (96, 128)}, 64, "K and V must be 64, 128 or 256"),
+        ({"slots": 24}, 64, "multiple of 16 from 16 to 256, given 24"),
+        ({"slots": 272}, 64, "multiple of 16 from 16 to 256, given 272"),
+        ({"group": 9}, 64, "at most 8 query heads"),
+        ({"group": 5, "dims": (256, 256)}, 64, "at most 4 query heads"),
+        ({"group": 5, "dtype": torch.float32}, 64, "at most 4 query heads"),
+        ({"dims": (256, 64), "dtype": torch.float32}, 64, "at most 128"),
+        ({}, 513, "have not passed the GPU check"),
+        ({"dtype": torch.float32}, None, "does not take float32"),
+        ({"dims": (64, 128)}, None, "needs K = V"),
+    ],
+)
+def test_refusals(shape: dict, window: int | None, reason: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", "1")  # lets CPU tensors pass the test of the device
+    explanation = explain_dispatch(*call(**shape), window=window)
+    assert explanation.startswith("torch: ") and reason in explanation
+
+
+def test_tables_are_static(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Length and batch do not change the choice: ranks with different shapes of data run the same kernels."""
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    short = explain_dispatch(*call(), window=64)
+    long = explain_dispatch(*(x.expand(3, -1, -1, -1).repeat(1, 50, 1, 1) for x in call()), window=64)
+    assert short == long and short.startswith("triton: fused, Tiles(chunk=16")
