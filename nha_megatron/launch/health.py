@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from datetime import timedelta
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -248,7 +249,7 @@ def _network_rate(rank: int, world: int, device: torch.device) -> float | None:
             continue
         peer = partner * local + rank % local
         for timed in (False, True):
-            seconds = _timed(lambda peer=peer: _exchange(sent, received, peer), device)
+            seconds = _timed(partial(_exchange, sent, received, peer), device)
             if timed:
                 best = max(best or 0.0, 4 * elements / seconds / 1e9)
         if not bool((received == peer).all()):

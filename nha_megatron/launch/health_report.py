@@ -59,10 +59,10 @@ def judge(reports: Sequence[RankReport]) -> list[Finding]:
         ("network", "network_gb_per_s", SLOW_NETWORK, "GB/s"),
     ):
         measured = [(report, value) for report in reports if (value := getattr(report, attribute)) is not None]
-        usual = median(value for _, value in measured) if measured else 0.0
+        middle = median(value for _, value in measured) if measured else 0.0
         for report, value in measured:
-            if value < fraction * usual:
-                findings.append(Finding(report.host, report.rank, False, f"{name} at {value:.3g} {unit}, the median is {usual:.3g}"))
+            if value < fraction * middle:
+                findings.append(Finding(report.host, report.rank, False, f"{name} at {value:.3g} {unit}, the median is {middle:.3g}"))
     return sorted(findings, key=lambda finding: (finding.rank, not finding.broken))
 
 
