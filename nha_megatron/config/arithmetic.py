@@ -13,6 +13,10 @@ if TYPE_CHECKING:
 STATE_BYTES = 4  # slots, log-decays and log-gates are kept in fp32 whatever the precision of the activations
 LENGTH_BYTES = 8
 
+# fp32 logits that the loss holds at once. Large enough that the products of a chunk keep a GPU busy and that adding the chunk's part to
+# the gradient of the output matrix is a small part of the work; small beside the rest of a rank's memory, whatever the sequence length.
+LOGITS_BYTES = 256 * 2**20
+
 
 def attention_parameters(model: "ModelConfig") -> int:
     """Weights of one attention layer: fused qkv, gate, output projection, and the norms that are on."""
@@ -125,3 +129,8 @@ def context_parallel_bytes(
     halo = window * heads * (2 * dim * element_bytes + slots * STATE_BYTES)
     summary = heads * slots * (2 * dim + 1) * STATE_BYTES
     return micro_batch_size * (halo + context_parallel_pieces(window, shard_length, ranks) * summary)
+
+
+def logit_chunk_tokens(vocabulary: int) -> int:
+    """Tokens whose logits over `vocabulary` columns (of one tensor rank) the loss holds at once: a multiple of 128, for full tiles."""
+    return max(1, LOGITS_BYTES // (4 * vocabulary * 128)) * 128

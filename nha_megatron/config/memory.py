@@ -5,7 +5,8 @@ An estimate from sizes alone. Assumed:
 - Adam's two moments in fp32, with bf16 an fp32 copy of the weights too, all sharded over data x context ranks (distributed optimizer);
 - a fused attention operator that keeps its inputs, its output and the log-sum-exp, so that selective recomputation saves little; the
   `torch` backend keeps more, which selective recomputation then saves;
-- 1F1B or interleaved micro batches in flight, as Megatron's schedules keep them; logits once in the training precision and once in fp32.
+- 1F1B or interleaved micro batches in flight, as Megatron's schedules keep them;
+- a loss that takes tokens a chunk at a time (model/chunked_loss.py): the logits of one chunk, and the gradients it has before the backward.
 Not counted: communication buffers, the allocator's fragmentation, the CUDA context, kernel workspaces.
 """
 
@@ -26,11 +27,11 @@ class RankMemory:
     gradients: int
     optimizer: int
     activations: int
-    logits: int
+    head: int
 
     @property
     def total(self) -> int:
-        return self.weights + self.gradients + self.optimizer + self.activations + self.logits
+        return self.weights + self.gradients + self.optimizer + self.activations + self.head
 
 
 def estimate_memory(config: RunConfig, world_size: int) -> RankMemory:
@@ -79,6 +80,19 @@ def layer_activation_bytes(config: RunConfig, recompute: str) -> int:
     return residual_tokens * residual + tokens * sharded // parallel.tensor
 
 
+def head_bytes(config: RunConfig) -> int:
+    """Bytes of the loss on the last stage: logits of a chunk of tokens, gradients of all hidden states and of the output matrix."""
+    model, parallel = config.model, config.parallel
+    element = _element_bytes(config)
+    # bf16 logits and gradients stand beside their fp32 form; in fp32 there is only one.
+    copies = 4 if element == 4 else 4 + element
+    columns = model.padded_vocab_size // parallel.tensor
+    tokens = config.training.micro_batch_size * config.data.sequence_length // parallel.context
+    logits = min(tokens, arithmetic.logit_chunk_tokens(columns)) * columns * copies
+    hidden = (tokens // parallel.tensor if parallel.sequence else tokens) * model.hidden_size * element
+    return logits + hidden + columns * model.hidden_size * copies
+
+
 def _stage_memory(config: RunConfig, world_size: int, stage: int) -> RankMemory:
     model, parallel, training = config.model, config.parallel, config.training
     element = _element_bytes(config)
@@ -89,7 +103,6 @@ def _stage_memory(config: RunConfig, world_size: int, stage: int) -> RankMemory:
     activations = _layers_in_flight(config, world_size, stage) * layer_activation_bytes(config, training.recompute)
     if training.recompute != "none":
         activations += layer_activation_bytes(config, "none")  # the layer that is being computed again
-    tokens = training.micro_batch_size * config.data.sequence_length // parallel.context
     last = stage == parallel.pipeline - 1
     return RankMemory(
         stage=stage,
@@ -97,7 +110,7 @@ def _stage_memory(config: RunConfig, world_size: int, stage: int) -> RankMemory:
         gradients=parameters * 4,
         optimizer=parameters * state // shards,
         activations=activations,
-        logits=tokens * model.padded_vocab_size // parallel.tensor * (element + 4) if last else 0,
+        head=head_bytes(config) if last else 0,
     )
 
 

@@ -71,7 +71,7 @@ def _memory_lines(memory: RankMemory) -> list[str]:
         "gradients": memory.gradients,
         "optimizer": memory.optimizer,
         "activations": memory.activations,
-        "logits": memory.logits,
+        "output matrix and loss": memory.head,
     }
     detail = ", ".join(f"{name} {_size(size)}" for name, size in parts.items())
     return [f"{_size(memory.total)} on pipeline stage {memory.stage}: {detail}", "without communication buffers and fragmentation"]

@@ -30,7 +30,7 @@ from nha_megatron.engine.checkpoint_remedies import (
 from nha_megatron.engine.layout import Layout
 from nha_megatron.model.build import build_model
 from nha_megatron.model.initialize import initialize_weights
-from nha_megatron.model.loss import language_model_loss
+from nha_megatron.model.loss import loss_report
 from nha_megatron.model.parameters import full_shape, global_parameters, shard_of
 
 if TYPE_CHECKING:
@@ -159,15 +159,15 @@ class MegatronEngine:
         documents = Documents.on(self.device, batch.cu_seqlens) if batch.cu_seqlens is not None else None
         batch = batch.to(self.device)
         # Positions are relative to the window, and our layers read no attention mask.
-        output = model(batch.tokens, position_ids=None, attention_mask=None, packed_seq_params=documents)
-        loss = partial(
-            language_model_loss,
+        output = model(
+            batch.tokens,
+            position_ids=None,
+            attention_mask=None,
             labels=batch.labels,
             loss_mask=batch.loss_mask,
-            vocab_size=self.config.model.vocab_size,
-            tp_rank=self.layout.tp_rank,
+            packed_seq_params=documents,
         )
-        return output, loss
+        return output, partial(loss_report, loss_mask=batch.loss_mask)
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """This rank's parameters under names that do not depend on the layout (layer numbers over the whole model)."""

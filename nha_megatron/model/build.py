@@ -6,11 +6,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
-from megatron.core.models.gpt import GPTModel
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from nha_megatron.model.compat import mark_tensor_parallel_weights
+from nha_megatron.model.language_model import LanguageModel
 from nha_megatron.model.parameters import global_parameters
 from nha_megatron.model.specs import block_spec
 
@@ -73,7 +73,7 @@ def transformer_config(config: RunConfig) -> TransformerConfig:
     )
 
 
-def build_model(config: RunConfig, device: torch.device, groups: ProcessGroupCollection) -> list[GPTModel]:
+def build_model(config: RunConfig, device: torch.device, groups: ProcessGroupCollection) -> list[LanguageModel]:
     """This rank's model chunks with uninitialised weights on `device`: one, or `virtual_pipeline` of them when interleaved."""
     megatron_config = transformer_config(config)
     pp_rank, pp_size = groups.pp.rank(), groups.pp.size()
@@ -85,7 +85,8 @@ def build_model(config: RunConfig, device: torch.device, groups: ProcessGroupCol
             config.model, megatron_config, recompute_attention=config.training.recompute == "selective", pp_rank=pp_rank, vp_stage=vp_stage
         )
         with device:
-            model = GPTModel(
+            model = LanguageModel(
+                real_vocab_size=config.model.vocab_size,
                 config=megatron_config,
                 transformer_layer_spec=spec,
                 vocab_size=config.model.padded_vocab_size,
@@ -104,14 +105,14 @@ def build_model(config: RunConfig, device: torch.device, groups: ProcessGroupCol
     return chunks
 
 
-def build_meta_model(config: RunConfig, groups: ProcessGroupCollection) -> GPTModel:
+def build_meta_model(config: RunConfig, groups: ProcessGroupCollection) -> LanguageModel:
     """The whole model on the meta device: shapes without memory. `groups` is a grid of one rank, whatever `config.parallel` says."""
     single = config.model_copy(update={"parallel": type(config.parallel)()})
     (model,) = build_model(single, torch.device("meta"), groups)
     return model
 
 
-def _exempt_from_decay(config: RunConfig, chunks: list[GPTModel]) -> None:
+def _exempt_from_decay(config: RunConfig, chunks: list[LanguageModel]) -> None:
     # The gate of a full layer never gets a gradient; decay alone would shrink it, and the window could not be narrowed later.
     # (Norms and biases are exempt by their shape.)
     full = {f"decoder.layers.{i}.self_attention.linear_gate.weight" for i, window in enumerate(config.model.windows) if window is None}

@@ -8,7 +8,7 @@ and layers come from a list of `ModuleSpec`s.
 | norms in a layer spec | a class or spec, built | called | a class serves both |
 | MLP in a layer spec | `ModuleSpec`, `build_module` | called; `MLP.as_mlp_submodule` | `mlp_spec` |
 | tensor-parallel marks of weights that Megatron does not initialise | absent | present | `mark_tensor_parallel_weights` |
-| TP group of the vocabulary-parallel loss | global only | argument `tp_group` | the global one, which `engine/layout.py` sets, in both |
+| GPTModel after the layers, `_postprocess` | keywords | more keywords | `language_model.py` takes two, passes the rest on |
 | loading torch Adam state in the `fully_reshardable` format | KeyError: 'step' | the same | `engine/checkpoint_remedies.py` |
 """
 

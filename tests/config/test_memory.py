@@ -40,7 +40,25 @@ def test_recomputation_keeps_less():
 def test_context_ranks_divide_the_activations():
     whole, shard = run(), run(parallel={"context": 4})
     assert layer_activation_bytes(whole, "none") == 4 * layer_activation_bytes(shard, "none")
-    assert estimate_memory(whole, 1).logits == 4 * estimate_memory(shard, 4).logits
+
+
+def test_the_head_by_hand():
+    # 2 rows of 128 tokens on each of 2 context ranks are less than a chunk; 50,000 tokens are padded to 50,048 columns.
+    small = run(model={"vocab_size": 50_000}, parallel={"context": 2})
+    assert estimate_memory(small, 2).head == 4 * (2 * 64 * 50_048 + 2 * 64 * 64 + 50_048 * 64)
+    # bf16: logits and the gradient of the matrix also in fp32, 25,024 columns on each of two tensor ranks.
+    split = run(model={"vocab_size": 50_000}, parallel={"tensor": 2}, training={"precision": "bf16"})
+    assert estimate_memory(split, 2).head == 6 * (2 * 128 * 25_024 + 25_024 * 64) + 2 * 2 * 128 * 64
+    # The first of two stages has no head, and is not the fullest one.
+    assert estimate_memory(run(model={"vocab_size": 50_000}, parallel={"pipeline": 2}), 2).stage == 1
+
+
+def test_logits_do_not_grow_with_the_sequence():
+    sections = {"model": {"vocab_size": 128_000}, "training": {"precision": "bf16", "micro_batch_size": 1, "global_batch_size": 1}}
+    at_8k, at_128k = (estimate_memory(run(data={"sequence_length": length}, **sections), 1).head for length in (2**13, 2**17))
+    # Only the gradient of the hidden states does: 64 channels in bf16.
+    assert at_128k - at_8k == (2**17 - 2**13) * 64 * 2
+    assert at_128k < 2**29
 
 
 def test_sequence_parallelism_divides_what_tensor_parallelism_repeats():
