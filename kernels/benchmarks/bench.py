@@ -5,8 +5,7 @@
 Milliseconds are medians between device events. `graph` replays a captured CUDA graph, `eager` includes what the host cannot hide.
 The floor is max(FLOP / matrix rate, bytes / copy rate) with both rates measured here:
 FLOP = 2 T (K+V) (HQ (M + W) + H M) forward and 2.5 times that backward; bytes = q, k, v, g, out once forward, and
-q, k, v, g, out, dout, dq, dk, dv, dg once backward. With `fla-core` importable the published composition is timed too (window by
-FlashAttention, slots by `chunk_gsa`, merged): forward and backward, eager.
+q, k, v, g, out, dout, dq, dk, dv, dg once backward.
 """
 
 import argparse
@@ -115,30 +114,7 @@ def contestants(tokens: int, query_heads: int, kv_heads: int) -> dict[str, tuple
         "cudnn": (full(SDPBackend.CUDNN_ATTENTION), [q, k, v], gradient),
         "flash": (full(SDPBackend.FLASH_ATTENTION), [q, k, v], gradient),
     }
-    composition = published_composition(query_heads // kv_heads)
-    if composition is not None:
-        found["composition"] = (composition, [q, k, v, g], gradient)
     return found
-
-
-def published_composition(group: int) -> Callable[..., Tensor] | None:
-    """FlashAttention over the window and fla's gated slots, merged by their log-sum-exps; KV heads expanded, as published."""
-    try:
-        from fla.ops.gsa import chunk_gsa
-    except ImportError:
-        return None
-
-    def run(q: Tensor, k: Tensor, v: Tensor, g: Tensor) -> Tensor:
-        k, v, g = (x.repeat_interleave(group, dim=2) for x in (k, v, g))
-        strength = (1 - g.exp()).to(q.dtype)
-        slots, _ = chunk_gsa(q, k, v, strength, g, scale=DIM**-0.5)
-        window = torch.nn.attention.varlen.varlen_attn
-        bounds = torch.tensor([0, q.shape[1]], dtype=torch.int32, device=q.device)
-        near = window(q[0], k[0], v[0], bounds, bounds, q.shape[1], q.shape[1], window_size=(WINDOW - 1, 0))
-        # The time of the merge is that of this average; the log-sum-exps that the real one needs are by-products of both kernels.
-        return (slots + near[None]) * 0.5
-
-    return run
 
 
 def time_one(function: Callable[..., Tensor], leaves: list[Tensor], gradient: Tensor, graphs: bool) -> dict[str, float]:
@@ -208,7 +184,7 @@ def main() -> None:
         for tokens in map(int, arguments.lengths.split(",")):
             floors = floor_ms(rates, tokens, query_heads, kv_heads)
             for name, (function, leaves, gradient) in contestants(tokens, query_heads, kv_heads).items():
-                times = time_one(function, leaves, gradient, graphs=name != "composition" and tokens <= 32768)
+                times = time_one(function, leaves, gradient, graphs=tokens <= 32768)
                 row = {"name": name, "heads": f"{query_heads}/{kv_heads}", "tokens": tokens, **times}
                 row |= {"floor_forward": floors[0], "floor_both": floors[1]}
                 rows.append(row)

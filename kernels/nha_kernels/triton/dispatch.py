@@ -13,6 +13,7 @@ from torch import Tensor
 
 from .problem import Tiles
 
+_HAS_TRITON = importlib.util.find_spec("triton") is not None
 WIDEST_FUSED_WINDOW = 512
 # Wider windows attend through PyTorch's flash kernel (merged_attention.py). The last check on a GPU found wrong slot gradients there; the
 # cause is fixed (an output that was not contiguous), but the check has not run since. Full attention passed it.
@@ -47,7 +48,7 @@ def refusal(q: Tensor, k: Tensor, v: Tensor, g: Tensor, window: int | None) -> s
     """Why the kernels do not serve a call; None if they do."""
     dims, slots, group = (q.shape[3], v.shape[3]), g.shape[3], q.shape[2] // k.shape[2]
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"
-    if importlib.util.find_spec("triton") is None:
+    if not _HAS_TRITON:
         return "the package triton is not installed"
     if q.device.type != "cuda" and not interpreted:
         return f"the kernels run on CUDA devices, the tensors are on {q.device.type}"
