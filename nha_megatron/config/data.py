@@ -32,9 +32,14 @@ class DataConfig(Section):
     """Tokens of one sample, over all context ranks."""
     packing: Literal["none", "concat", "best_fit"] = "none"
     """none: samples are cut from the stream of documents and attention crosses end-of-text. concat: the same cut, but attention, slots and
-    positions start anew at every document. best_fit: documents are packed whole where they fit."""
+    positions start anew at every document. best_fit: so too, but documents are packed whole where they fit, and the rest is padding."""
     seed: NonNegative = 0
     """Seed of the sample order."""
+
+    @property
+    def isolates_documents(self) -> bool:
+        """Whether attention, slots and positions start anew at every document."""
+        return self.packing != "none"
 
     @property
     def training_blend(self) -> tuple[BlendEntry, ...]:

@@ -9,24 +9,17 @@ from typing import TYPE_CHECKING, Any
 from .consistency import Check, run_checks
 
 if TYPE_CHECKING:
-    from .data import DataConfig
     from .run import CheckpointConfig, TrainingConfig
 
 
 def problems(sections: Mapping[str, Any]) -> list[str]:
     """One message for each thing asked for that is not supported, among the valid sections."""
     checks: list[Check] = [
-        _best_fit_packing,
         _deepspeed,
         _stages,
         _asynchronous_checkpoints,
     ]
     return run_checks(checks, sections)
-
-
-def _best_fit_packing(data: "DataConfig") -> Iterator[str]:
-    if data.packing == "best_fit":
-        yield "data.packing best_fit; not supported yet, because there is no packer: use concat, which isolates documents too"
 
 
 def _deepspeed(training: "TrainingConfig") -> Iterator[str]:

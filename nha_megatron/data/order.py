@@ -11,6 +11,8 @@ so neighbours share one token.
 The samples are then permuted too. The last (T - 1) % S tokens of the stream, less than one sample, are left out of the epoch;
 each epoch permutes anew, so they differ. Several corpora are interleaved by `Blend`; each runs through its own epochs.
 
+With `packing: best_fit` samples are packed from whole documents instead: see packing.py.
+
 Since the order has no state and no length, any run can start at any index, with any number of ranks.
 """
 
@@ -22,6 +24,7 @@ import numpy as np
 
 from nha_megatron.config import ConfigError, DataConfig
 from nha_megatron.data.blend import Blend
+from nha_megatron.data.packing import PackedOrder
 from nha_megatron.data.shuffle import derive_key, permute
 from nha_megatron.data.token_files import TokenFile
 from nha_megatron.data.tokenizer import tokenizer_sha256
@@ -37,6 +40,8 @@ class CorpusOrder:
 
     Raises ConfigError if the corpus is shorter than one sample.
     """
+
+    padding_share = 0.0
 
     def __init__(self, tokens: TokenFile, sequence_length: int, key: int) -> None:
         self.tokens = tokens
@@ -79,15 +84,19 @@ class CorpusOrder:
 class SampleOrder:
     """The samples of a weighted blend of corpora, by one global index."""
 
-    def __init__(self, corpora: Sequence[CorpusOrder], weights: Sequence[float], end_of_text: int) -> None:
+    def __init__(self, corpora: Sequence[CorpusOrder | PackedOrder], weights: Sequence[float], end_of_text: int) -> None:
         assert len(corpora) == len(weights) and len({corpus.sequence_length for corpus in corpora}) == 1
         self.corpora = list(corpora)
         self.blend = Blend(weights)
         self.end_of_text = end_of_text
         self.sequence_length = corpora[0].sequence_length
+        self.padding_share = sum(corpus.padding_share * weight for corpus, weight in zip(corpora, weights, strict=True)) / sum(weights)
 
     def sample(self, index: int) -> np.ndarray:
-        """int64 [sequence_length + 1]: global sample `index` >= 0. Every call with this index gives the same tokens."""
+        """int64 [sequence_length + 1]: global sample `index` >= 0. Every call with this index gives the same tokens.
+
+        Packed samples have packing.PADDING at their end where there is no token.
+        """
         corpus, position = self.blend.locate(index)
         return self.corpora[corpus].sample(position)
 
@@ -129,5 +138,6 @@ def open_samples(
                 "Prepare all corpora of a run with the same tokenizer."
             )
     assert end_of_text is not None
-    corpora = [CorpusOrder(tokens, data.sequence_length, derive_key(data.seed, split, i)) for i, tokens in enumerate(files)]
+    order = PackedOrder if data.packing == "best_fit" else CorpusOrder
+    corpora = [order(tokens, data.sequence_length, derive_key(data.seed, split, i)) for i, tokens in enumerate(files)]
     return SampleOrder(corpora, [entry.weight for entry in entries], end_of_text)

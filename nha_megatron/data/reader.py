@@ -36,7 +36,7 @@ class BatchReader:
         self._order = order
         self._global_batch_size = config.training.global_batch_size
         self._micro_batch_size = config.training.micro_batch_size
-        self._isolate_documents = config.data.packing == "concat"
+        self._isolate_documents = config.data.isolates_documents
         self._dp_rank, self._dp_size = dp_rank, dp_size
         self._cp_rank, self._cp_size = cp_rank, cp_size
         if self._global_batch_size % (self._micro_batch_size * dp_size):
@@ -51,6 +51,11 @@ class BatchReader:
         self.num_micro_batches = self._global_batch_size // (self._micro_batch_size * dp_size)
         self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="batch-reader") if prefetch else None
         self._ahead: tuple[int, Future[list[Batch]]] | None = None
+
+    @property
+    def padding_share(self) -> float:
+        """The share of the places for tokens that packing leaves empty."""
+        return self._order.padding_share
 
     def micro_batches(self, step: int) -> list[Batch]:
         """This rank's micro batches of global step `step` >= 0, on the CPU. Steps may be asked in any order."""

@@ -46,6 +46,8 @@ def pretrain(config: RunConfig) -> signal.Signals | None:
     try:
         engine = MegatronEngine(config, layout.device, layout)
         say(f"{layout.describe()} on {layout.device.type}, {config.model.num_parameters():,} parameters")
+        if config.data.packing == "best_fit":
+            say(f"packed samples: {readers[0].padding_share:.2%} of the places of a training sample are padding")
         if config.full_layer_exchange is not None:
             exchange, reason = config.full_layer_exchange
             say(f"full-attention layers over {layout.cp_size} context ranks: {exchange}, because {reason}")

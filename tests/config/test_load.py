@@ -149,13 +149,13 @@ def test_all_problems_of_a_file_stand_in_one_message():
     data["model"]["num_head"] = 3  # the model section is faulty, so nothing that needs it is checked
     data["optimizer"]["lr"] = -1
     data["training"]["global_batch_size"] = 7
-    data["data"]["packing"] = "best_fit"
+    data["training"]["engine"] = "deepspeed"
     data["checkpoint"] = {"asynchronous": True}
     with pytest.raises(ConfigError) as error:
         parse_config(data, source="run.yaml")
     first, *problems = str(error.value).splitlines()
     assert first == "run.yaml: 5 problems"
-    for part in ("model.num_head", "optimizer.lr", "global_batch_size 7", "best_fit", "checkpoint.asynchronous"):
+    for part in ("model.num_head", "optimizer.lr", "global_batch_size 7", "deepspeed", "checkpoint.asynchronous"):
         assert sum(part in problem for problem in problems) == 1
 
 

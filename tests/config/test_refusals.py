@@ -6,7 +6,6 @@ from nha_megatron.config import ConfigError
 from tests.config.cases import run
 
 REFUSALS = {
-    "best_fit": ({"data": {"packing": "best_fit"}}, ["data.packing best_fit", "use concat"]),
     "deepspeed": ({"training": {"engine": "deepspeed"}}, ["training.engine deepspeed", "use megatron"]),
     "stages": ({"training": {"stages": [{"tokens": 1000}]}}, ["training.stages", "model.init_from"]),
     "no stages": ({"training": {"stages": []}}, ["training.stages", "remove it"]),
@@ -35,6 +34,7 @@ ALLOWED = {
     },
     "window beyond the sequence": {"model": {"window": 1000}},
     "isolated documents over context ranks": {"data": {"packing": "concat"}, "parallel": {"context": 2}},
+    "packed documents over context ranks": {"data": {"packing": "best_fit"}, "parallel": {"context": 2}},
     "all axes": {"parallel": {"tensor": 2, "sequence": True, "pipeline": 2, "virtual_pipeline": 2, "context": 2}},
 }
 
