@@ -21,6 +21,8 @@ parse "$@"
 
 NNODES=${NNODES:-1}
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${STOP_TIMEOUT:-600}
+# torch 2.13 keeps one store for all starts of the ranks: started again, they read the addresses of the dead ones and wait for ever.
+export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 meeting=(--standalone)
 if [ "$NNODES" != 1 ]; then
     [ -n "${RDZV_ENDPOINT:-}" ] || fail "NNODES is $NNODES: set RDZV_ENDPOINT=host:port, one of the nodes and a free port, the same on all"

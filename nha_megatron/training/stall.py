@@ -124,20 +124,29 @@ class StallWatch:
                 self._publish()
                 stood = time.monotonic() - self._since
                 if stood > self._limit:
+                    # The store's process may be the one that froze: then asking it never returns.
+                    silence = threading.Timer(10 * self._interval, self._end_without_store, ["TimeoutError"])
+                    silence.daemon = True
+                    silence.start()
                     self._report(stood)
+                    silence.cancel()
                     self._end()
                     return
             except (RuntimeError, OSError) as error:  # the store's connection: DistStoreError is a RuntimeError
                 if self._stopping.is_set():
                     return
                 if time.monotonic() - self._since > self._limit:
-                    address = os.environ.get("MASTER_ADDR", "rank 0's host")
-                    self._say(
-                        f"error: rank {self._rank} stood still for {self._limit:.0f} s and the store on {address} does not answer "
-                        f"({type(error).__name__}): that host is down or cut off"
-                    )
-                    self._end()
+                    self._end_without_store(type(error).__name__)
                     return
+
+    def _end_without_store(self, reason: str) -> None:
+        """Under launch/*.sh rank 0 holds the store; a bare torchrun's agent on rank 0's host does."""
+        address = os.environ.get("MASTER_ADDR", "its host")
+        self._say(
+            f"error: rank {self._rank} stood still for {self._limit:.0f} s and the store does not answer ({reason})\n"
+            f"missing: rank 0 (host {address}): dead, stopped, or cut off from the network"
+        )
+        self._end()
 
     def _publish(self) -> None:
         self._count += 1

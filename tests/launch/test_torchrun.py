@@ -85,14 +85,14 @@ def test_torchrun_starts_killed_ranks_again_from_the_newest_checkpoint(folder: P
     assert [record["step"] for record in small_run.metrics(folder)] == list(range(1, 17)) and steps(metrics) == 16
 
 
-def test_a_frozen_rank_is_named_and_the_run_goes_on(folder: Path) -> None:
-    metrics = write_run(folder, training={"steps": 12, "stall_seconds": 30}, checkpoint={"every": 2})
+@pytest.mark.parametrize("rank", [0, 1])  # rank 0 holds the store that the others ask
+def test_a_frozen_rank_is_named_and_the_run_goes_on(folder: Path, rank: int) -> None:
+    metrics = write_run(folder, training={"steps": 12, "stall_seconds": 20}, checkpoint={"every": 2})
     with running(folder, "torchrun.sh", "run.yaml") as job:
         wait_for(lambda: steps(metrics) >= 3, folder)
-        frozen = ranks_of(job)[1]
+        frozen = ranks_of(job)[rank]
         frozen.suspend()  # what a host that hangs looks like to the others
-        wait_for(lambda: "missing: rank 1" in (folder / "log").read_text(), folder)
-        assert f"process {frozen.pid}): its process says nothing any more" in (folder / "log").read_text()
+        wait_for(lambda: f"missing: rank {rank} (" in (folder / "log").read_text(), folder)
         assert job.wait(PATIENCE_S) == 0, (folder / "log").read_text()
     assert [record["step"] for record in small_run.metrics(folder)] == list(range(1, 13))
 
