@@ -1,9 +1,9 @@
 """The generator of the self-contained modelling file."""
 
 import ast
-import shutil
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -27,12 +27,14 @@ def test_generated_file_imports_nothing_of_ours_outside_of_a_try() -> None:
     assert relative == {"configuration_nha"}
 
 
-@pytest.mark.skipif(shutil.which("ruff") is None, reason="needs ruff")
+@pytest.mark.skipif(find_spec("ruff") is None, reason="needs ruff")
 def test_generated_file_uses_no_undefined_or_redefined_name(tmp_path: Path) -> None:
     file = tmp_path / "modeling_nha.py"
     file.write_text(modeling_source())
     result = subprocess.run(
-        ["ruff", "check", "--isolated", "--select", "F", "--target-version", "py311", str(file)], capture_output=True, text=True
+        [sys.executable, "-m", "ruff", "check", "--isolated", "--select", "F", "--target-version", "py311", str(file)],
+        capture_output=True,
+        text=True,
     )
     assert result.returncode == 0, result.stdout
 
