@@ -31,11 +31,8 @@ def test_generated_file_imports_nothing_of_ours_outside_of_a_try() -> None:
 def test_generated_file_uses_no_undefined_or_redefined_name(tmp_path: Path) -> None:
     file = tmp_path / "modeling_nha.py"
     file.write_text(modeling_source())
-    result = subprocess.run(
-        [sys.executable, "-m", "ruff", "check", "--isolated", "--select", "F", "--target-version", "py311", str(file)],
-        capture_output=True,
-        text=True,
-    )
+    lint = [sys.executable, "-m", "ruff", "check", "--isolated", "--select", "F", "--target-version", "py311"]
+    result = subprocess.run([*lint, str(file)], capture_output=True, text=True)
     assert result.returncode == 0, result.stdout
 
 
