@@ -2,8 +2,9 @@
 
     PYTHONPATH=kernels python kernels/benchmarks/check.py [--output results.json] [--workers 12] [--only SUBSTRING] [--skip SUBSTRING]
 
-Cases cover every launch configuration that dispatch can choose; what it refuses is listed with the reason and not run. Outputs start as NaN, every case runs twice and must give the same bits.
-Exit status 1 when a case is outside of its tolerance. Compiling dominates the time, so cases are spread over processes.
+Cases cover every launch configuration that dispatch can choose; what it refuses is listed with the reason and not run. Outputs start as
+NaN, every case runs twice and must give the same bits. Exit status 1 when a case is outside of its tolerance. Compiling dominates the time,
+so cases are spread over processes.
 """
 
 import argparse
