@@ -16,8 +16,8 @@ from .problem import Tiles
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
 _CHECKED_CAPABILITIES = {(9, 0)}  # the kernels compile for 8.0 and 10.0 too, but have not run there
 WIDEST_FUSED_WINDOW = 512
-# Wider windows attend through PyTorch's flash kernel (merged_attention.py). The last check on a GPU found wrong slot gradients there. The cause,
-# an output that was not contiguous, is fixed and tested on the CPU, but the GPU check has not run since. Full attention passed it.
+# Wider windows attend through PyTorch's flash kernel (merged_attention.py). The last check on a GPU found wrong slot gradients there. The
+# cause, an output that was not contiguous, is fixed and tested on the CPU, but the GPU check has not run since. Full attention passed it.
 _WIDE_WINDOWS_CHECKED = False
 
 
