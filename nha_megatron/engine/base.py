@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from nha_megatron.data import Batch
+
+if TYPE_CHECKING:
+    from nha_megatron.config import RunConfig
 
 
 @dataclass(frozen=True)
@@ -21,9 +25,9 @@ class StepResult:
     tokens: int
     """Counted tokens of the global batch."""
     grad_norm: float
-    """L2 norm of the whole gradient before clipping."""
+    """L2 norm of the whole gradient before clipping; NaN when any rank's gradient is not finite."""
     skipped: bool
-    """The gradient was not finite: weights and optimizer state are unchanged."""
+    """The loss or the gradient was not finite, or the loss above the limit: weights and optimizer state are unchanged."""
 
 
 class Engine(Protocol):
@@ -33,8 +37,14 @@ class Engine(Protocol):
     model_chunks: list[nn.Module]
     """The model on this rank: one module, or one per virtual pipeline stage."""
 
-    def train_step(self, batches: Sequence[Batch], lr: float) -> StepResult:
-        """Forward, backward and update over this rank's micro batches of one global batch."""
+    def begin_stage(self, config: RunConfig) -> None:
+        """Takes over what a stage of the run may change (config/stages.py): sequence length and batch sizes."""
+
+    def train_step(self, batches: Sequence[Batch], lr: float, max_loss: float = math.inf) -> StepResult:
+        """Forward, backward and update over this rank's micro batches of one global batch.
+
+        An update whose loss is above `max_loss` is computed and not applied, and neither is one that is not finite, on any rank.
+        """
 
     def evaluate(self, batches: Sequence[Batch]) -> tuple[float, int]:
         """(loss sum, counted tokens) over all ranks' micro batches, without gradients."""

@@ -96,20 +96,42 @@ class MegatronEngine:
             group["weight_decay"] = settings.weight_decay * group["wd_mult"]
         return optimizer
 
-    def train_step(self, batches: Sequence[Batch], lr: float) -> StepResult:
-        """One update over this rank's micro batches of a global batch. A gradient that is not finite is not applied."""
+    def begin_stage(self, config: RunConfig) -> None:
+        """Sequence length and batch sizes are arguments of Megatron's schedules: nothing is built anew."""
+        self.config = config
+
+    def train_step(self, batches: Sequence[Batch], lr: float, max_loss: float = math.inf) -> StepResult:
+        """One update over this rank's micro batches of a global batch; not applied when it is not finite, or the loss above `max_loss`."""
         loss_sum, tokens = self._accumulate_gradients(batches)
         if tokens == 0:
             raise ConfigError("the global batch has no token that counts: every label is masked. Check the data and its loss masks.")
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.optimizer.prepare_grads()
-        grad_norm = float(self.optimizer.get_grad_norm())
-        skipped = not (math.isfinite(grad_norm) and math.isfinite(loss_sum))
-        if not skipped:
+        grad_norm = self._grad_norm()
+        # Every term is the same number on every rank, so all ranks decide alike. The comparison is false for NaN.
+        applied = math.isfinite(grad_norm) and math.isfinite(loss_sum) and loss_sum / tokens <= max_loss
+        if applied:
             self._clip(grad_norm)
             self.optimizer.step_with_ready_grads()
-        return StepResult(loss=loss_sum / tokens, tokens=tokens, grad_norm=grad_norm, skipped=skipped)
+        return StepResult(loss=loss_sum / tokens, tokens=tokens, grad_norm=grad_norm, skipped=not applied)
+
+    def _grad_norm(self) -> float:
+        """Norm of the whole gradient, the same on all ranks.
+
+        Megatron counts a parameter that all tensor ranks hold on the first of them only. What the others have of it is looked at here:
+        a faulty device would otherwise update its copy with NaN, unseen.
+        """
+        norm = float(self.optimizer.get_grad_norm())
+        if self.layout.tp_size == 1:
+            return norm
+        faulty = torch.zeros((), device=self.device)
+        for optimizer in distributed_optimizers(self.optimizer):
+            for parameter in optimizer.get_parameters():
+                if parameter.grad is not None and not getattr(parameter, "tensor_model_parallel", False):
+                    faulty += parameter.grad.isfinite().logical_not().any()
+        dist.all_reduce(faulty)
+        return norm if faulty.item() == 0 else math.nan
 
     def _clip(self, grad_norm: float) -> None:
         if self.config.optimizer.clip_grad == 0:
