@@ -4,7 +4,9 @@ files.py     where things lie, publishing by rename, `latest`, retention
 manifest.py  what a checkpoint holds: checksums, step, configuration; `verify`
 safety.py    refuses a checkpoint whose pickled parts name anything but plain data
 state.py     the run's position and random number generators
-save.py      all ranks write, rank 0 publishes
+shards.py    a rank's share: planned by Megatron, written by a thread
+save.py      one checkpoint: all ranks write, rank 0 publishes
+saver.py     a run's checkpoints: in the background or not, what a failure and a slow disk do
 load.py      resume a run, or start one from weights
 weights.py   all weights of a model in one process, for export
 """
@@ -13,11 +15,13 @@ from nha_megatron.checkpoint.files import resolve
 from nha_megatron.checkpoint.load import find_newest, load_checkpoint, load_weights
 from nha_megatron.checkpoint.manifest import CheckpointError, Manifest, read_manifest, verify
 from nha_megatron.checkpoint.save import save_checkpoint
+from nha_megatron.checkpoint.saver import CheckpointSaver
 from nha_megatron.checkpoint.state import Progress
 from nha_megatron.checkpoint.weights import load_weights_full
 
 __all__ = [
     "CheckpointError",
+    "CheckpointSaver",
     "Manifest",
     "Progress",
     "find_newest",

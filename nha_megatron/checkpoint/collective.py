@@ -1,24 +1,35 @@
-"""Steps that one rank does for all."""
+"""Steps that one rank does for all, and what all ranks must agree on."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any
 
+import torch
 import torch.distributed as dist
 
 from nha_megatron.checkpoint.files import CheckpointError
 
 
 def on_rank_zero(failure: str, action: Callable[[], Any]) -> None:
-    """Runs `action` on rank 0; all ranks return when it is done, or raise `CheckpointError` with `failure` and the reason."""
+    """Runs `action` on rank 0; all ranks return when it is done, or raise `CheckpointError` with `failure` and the reason.
+
+    What is not an OSError is raised as it is on rank 0.
+    """
     outcome: list[str | None] = [None]
+    unexpected: Exception | None = None
     if dist.get_rank() == 0:
         try:
             action()
+        except CheckpointError as error:
+            outcome = [str(error)]
         except OSError as error:
             outcome = [f"{failure}: {error.strerror}: {error.filename}" if error.filename else f"{failure}: {error}"]
+        except Exception as error:  # the others must not wait for a rank that has left
+            outcome, unexpected = [f"{failure}: {type(error).__name__}: {error}"], error
     dist.broadcast_object_list(outcome, src=0)
+    if unexpected is not None:
+        raise unexpected
     if outcome[0] is not None:
         raise CheckpointError(outcome[0])
 
@@ -28,3 +39,10 @@ def from_rank_zero(value: Any) -> Any:
     box = [value]
     dist.broadcast_object_list(box, src=0)
     return box[0]
+
+
+def sum_over_ranks(values: list[int], device: torch.device) -> list[int]:
+    """Each number summed over all ranks."""
+    total = torch.tensor(values, dtype=torch.int64, device=device)
+    dist.all_reduce(total)
+    return [int(number) for number in total.tolist()]

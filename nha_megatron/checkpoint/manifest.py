@@ -33,7 +33,8 @@ class FileEntry:
 
 @dataclass(frozen=True)
 class Manifest:
-    """`files` maps each path below the checkpoint folder to its size and sha256 in hexadecimal; `config` is the resolved configuration."""
+    """`files` maps each path below the checkpoint folder to its size and sha256 in hexadecimal; `config` is the resolved configuration;
+    `data` says what the run read (data/identity.py), None in checkpoints that do not know."""
 
     step: int
     tokens: int
@@ -41,6 +42,7 @@ class Manifest:
     config: dict[str, Any]
     versions: dict[str, str]
     files: dict[str, FileEntry]
+    data: dict[str, Any] | None = None
     format: str = FORMAT
     format_version: int = FORMAT_VERSION
 
@@ -100,16 +102,6 @@ def _problems(directory: Path, manifest: Manifest, names: list[str]) -> list[str
         elif file_sha256(path) != expected.sha256:
             problems.append(f"{name} has another content than was written (sha256 differs)")
     return problems
-
-
-def describe_files(directory: Path, group: dist.ProcessGroup) -> dict[str, FileEntry]:
-    """Sizes and checksums of all files below a folder, each made durable first. Collective: every rank reads a share."""
-    rank, size = dist.get_rank(group), dist.get_world_size(group)
-    names = sorted(str(path.relative_to(directory)) for path in directory.rglob("*") if path.is_file())
-    own = {name: FileEntry((directory / name).stat().st_size, file_sha256(directory / name, sync=True)) for name in names[rank::size]}
-    shares: list[dict[str, FileEntry]] = [{} for _ in range(size)]
-    dist.all_gather_object(shares, own, group=group)
-    return {name: entry for share in shares for name, entry in share.items()}
 
 
 def file_sha256(path: Path, sync: bool = False) -> str:

@@ -1,85 +1,124 @@
-"""Writes a checkpoint: all ranks write aside, then rank 0 publishes it in one rename.
+"""Writes one checkpoint: all ranks write aside, then rank 0 publishes it in one rename.
 
-    .step_N.partial/  <- Megatron's torch_dist files (all ranks)
-                      <- every file made durable and hashed (a share each)
-                      <- manifest.json                     rank 0
-    step_N/           <- rename                            rank 0
-    latest            <- replaced                          rank 0
-    old checkpoints   <- removed beyond `keep`             rank 0
+    .step_N.partial/  <- torch_dist files, each made durable and hashed    a thread of every rank
+                      <- common.pt, metadata.json, .metadata               rank 0
+                      <- manifest.json                                     rank 0
+    step_N/           <- rename                                            rank 0
+    latest            <- replaced                                          rank 0
+    old checkpoints   <- removed beyond `keep`                             rank 0
 
-A crash at any point leaves either the checkpoint before, or this one, complete.
+A crash at any point leaves either the checkpoint before, or this one, complete. A failure leaves the ones before, and no
+half-written folder to fill the disk.
 """
 
 from __future__ import annotations
 
-import queue
 import shutil
+import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
-from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.core import CheckpointingException
-from megatron.core.dist_checkpointing.strategies import filesystem_async
-from torch.distributed.checkpoint import CheckpointException
 
-from nha_megatron.checkpoint.collective import from_rank_zero, on_rank_zero
+from nha_megatron.checkpoint.collective import on_rank_zero, sum_over_ranks
 from nha_megatron.checkpoint.files import CheckpointError, make_partial, partial_directory, publish, retain, step_directory, write_latest
-from nha_megatron.checkpoint.manifest import Manifest, describe_files, versions, write_manifest
+from nha_megatron.checkpoint.manifest import FileEntry, Manifest, file_sha256, versions, write_manifest
+from nha_megatron.checkpoint.shards import ShardWriter, Written
 from nha_megatron.checkpoint.state import Progress, rng_for_saving
 from nha_megatron.engine.base import Engine
 
 
-def save_checkpoint(root: Path, engine: Engine, progress: Progress, config: dict[str, Any], keep: int) -> Path:
-    """Saves model, optimizer, position and random number generators as `root/step_N`; collective over all ranks.
+class PendingSave:
+    """A checkpoint whose bytes are being written. All methods are collective over all ranks.
 
-    `config` is the resolved configuration, kept in the manifest. Returns the published folder.
-    Raises `CheckpointError` on every rank when writing fails; checkpoints that were there before stay as they were.
+    What is saved is the state at the moment of the call, also when training goes on meanwhile; `copy` must be true then.
+    Raises `CheckpointError` on every rank when the folder cannot be made.
+
+    Args:
+        config: the resolved configuration, kept in the manifest.
+        data: what the run reads (`data_identity`), kept in the manifest.
     """
-    final, partial = step_directory(root, progress.step), partial_directory(root, progress.step)
-    on_rank_zero(f"checkpoint {final} cannot be written", lambda: make_partial(partial))
-    state = engine.sharded_state_dict(is_loading=False)
-    assert "rng_state" not in state
-    state["rng_state"] = rng_for_saving(engine.device)
-    _report_writes_in_this_process()
-    try:
-        dist_checkpointing.save(state, str(partial))
-    except CheckpointException as error:  # of torch; raised on every rank, with the failures known to rank 0
-        failures = from_rank_zero([f"rank {rank}: {_reason(failure)}" for rank, (failure, _) in error.failures.items()])
-        raise CheckpointError(_not_written(final, "; ".join(failures))) from error
-    except (CheckpointingException, OSError, RuntimeError) as error:  # of Megatron, of the disk, of torch's file writer
-        raise CheckpointError(_not_written(final, str(error))) from error
-    files = describe_files(partial, dist.group.WORLD)
-    manifest = Manifest(
-        step=progress.step, tokens=progress.tokens, world_size=dist.get_world_size(), config=config, versions=versions(), files=files
-    )
 
-    def finish() -> None:
-        write_manifest(partial, manifest)
-        publish(partial, final)
-        write_latest(root, progress.step)
-        retain(root, keep)
+    def __init__(
+        self, root: Path, engine: Engine, progress: Progress, config: dict[str, Any], copy: bool, data: dict[str, Any] | None = None
+    ) -> None:
+        self.progress = replace(progress)  # the run's own moves on
+        self.path = step_directory(root, progress.step)
+        self.started = time.perf_counter()
+        self._root = root
+        self._device = engine.device
+        self._config, self._data = config, data
+        self._partial = partial_directory(root, progress.step)
+        on_rank_zero(f"checkpoint {self.path} could not be written", lambda: make_partial(self._partial))
+        state = engine.sharded_state_dict(is_loading=False)
+        assert "rng_state" not in state
+        state["rng_state"] = rng_for_saving(engine.device)
+        try:
+            self._writer = ShardWriter(state, self._partial, copy)
+        except CheckpointingException as error:  # of Megatron: the ranks' shards do not make a whole
+            raise CheckpointError(self._not_written(str(error))) from error
+        self._writer.start()
 
-    on_rank_zero(f"checkpoint {final} could not be published", finish)
-    return final
+    def advance(self) -> tuple[bool, int, int]:
+        """(all ranks have ended writing, bytes written by now, bytes in all), the same on every rank."""
+        done, written, total = sum_over_ranks([int(self._writer.done), self._writer.bytes_written, self._writer.bytes_total], self._device)
+        return done == dist.get_world_size(), written, total
+
+    def finish(self, keep: int) -> Path:
+        """Publishes the checkpoint and removes all but the `keep` newest; waits for the writers if they have not ended.
+
+        Raises `CheckpointError` on every rank when one of them could not write; checkpoints that were there before stay as they were.
+        """
+        own = self._writer.result()
+        shares: list[Written] = [own] * dist.get_world_size()
+        dist.gather_object(own, shares if dist.get_rank() == 0 else None, dst=0)
+        try:
+            on_rank_zero(f"checkpoint {self.path} could not be written", lambda: self._publish(shares))
+        except CheckpointError:
+            on_rank_zero("", lambda: shutil.rmtree(self._partial, ignore_errors=True))
+            raise
+        on_rank_zero(f"checkpoint {self.path} is saved, but older ones could not be removed", lambda: retain(self._root, keep))
+        return self.path
+
+    def _publish(self, shares: list[Written]) -> None:
+        errors = [f"rank {rank}: {share.error}" for rank, share in enumerate(shares) if share.error is not None]
+        if errors:
+            raise CheckpointError(self._not_written("; ".join(errors[:4]) + (f" and {len(errors) - 4} more" if errors[4:] else "")))
+        try:
+            self._writer.write_metadata(self._partial, [share.items for share in shares])
+            files = {name: entry for share in shares for name, entry in share.files.items()}
+            for path in self._partial.iterdir():
+                if path.name not in files:
+                    files[path.name] = FileEntry(path.stat().st_size, file_sha256(path, sync=True))
+            write_manifest(self._partial, self._manifest(files))
+            publish(self._partial, self.path)
+            write_latest(self._root, self.progress.step)
+        except OSError as error:
+            raise CheckpointError(self._not_written(f"rank 0: {error.strerror}: {error.filename}")) from error
+
+    def _manifest(self, files: dict[str, FileEntry]) -> Manifest:
+        return Manifest(
+            step=self.progress.step,
+            tokens=self.progress.tokens,
+            world_size=dist.get_world_size(),
+            config=self._config,
+            versions=versions(),
+            files=files,
+            data=self._data,
+        )
+
+    def _not_written(self, reason: str) -> str:
+        free = shutil.disk_usage(self._root).free / 2**30
+        return f"checkpoint {self.path} could not be written ({free:.1f} GiB free there): {reason}. The checkpoints before are untouched"
 
 
-def _not_written(final: Path, reason: str) -> str:
-    # torch's writer hides a full disk behind an internal message, so the free space is told with it.
-    free = shutil.disk_usage(final.parent).free / 2**30
-    return f"checkpoint {final} could not be written ({free:.1f} GiB free there): {reason}. The checkpoints before are untouched"
+def save_checkpoint(
+    root: Path, engine: Engine, progress: Progress, config: dict[str, Any], keep: int, data: dict[str, Any] | None = None
+) -> Path:
+    """Saves model, optimizer, position and random number generators as `root/step_N`, and returns when that is published. Collective.
 
-
-def _reason(failure: BaseException) -> str:
-    # Megatron's writer wraps what its worker raised.
-    return " ".join(str(failure.__cause__ or failure).split())
-
-
-def _report_writes_in_this_process() -> None:
-    """Gives Megatron's writer a plain queue for its results, new for each save.
-
-    By itself it starts a server process on every rank for that queue, for the sake of background saves (megatron-core
-    0.16.1 and 0.19.2). It costs seconds and 250 MB a rank, outlives a killed rank, and needs a `__main__` guard in every
-    script that saves. A save that the rank waits for reports to the rank itself.
+    Arguments and errors: `PendingSave`.
     """
-    filesystem_async._results_queue = queue.Queue()
+    return PendingSave(root, engine, progress, config, copy=False, data=data).finish(keep)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from .consistency import Check, run_checks
 
 if TYPE_CHECKING:
-    from .run import CheckpointConfig, TrainingConfig
+    from .run import TrainingConfig
 
 
 def problems(sections: Mapping[str, Any]) -> list[str]:
@@ -17,7 +17,6 @@ def problems(sections: Mapping[str, Any]) -> list[str]:
     checks: list[Check] = [
         _deepspeed,
         _stages,
-        _asynchronous_checkpoints,
     ]
     return run_checks(checks, sections)
 
@@ -33,8 +32,3 @@ def _stages(training: "TrainingConfig") -> Iterator[str]:
             "training.stages; not supported yet, because length, batch and data are fixed for a run: remove it, and start a second "
             "run with model.init_from for the next stage"
         )
-
-
-def _asynchronous_checkpoints(checkpoint: "CheckpointConfig") -> Iterator[str]:
-    if checkpoint.asynchronous:
-        yield "checkpoint.asynchronous true; not supported yet, because there is no background writer: set it to false"

@@ -93,7 +93,9 @@ class CheckpointConfig(Section):
     keep: Positive = 2
     """Newest checkpoints that stay on disk."""
     asynchronous: bool = False
-    """Write in the background."""
+    """Train on while a checkpoint is written, from a copy of the state in host memory. The last one of a run is waited for in any case."""
+    attempts: Positive = 3
+    """Saves in a row that must fail to end the run; a failure before is reported, and training goes on. 1: the first failure ends it."""
     resume: bool = True
     """Continue from the newest complete checkpoint of the directory when there is one."""
 

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import signal
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from nha_megatron.checkpoint import Progress
+from nha_megatron.checkpoint import CheckpointSaver, Progress
 from nha_megatron.config import ConfigError, RunConfig
 from nha_megatron.data import BatchReader
 from nha_megatron.engine.base import Engine
@@ -44,7 +43,7 @@ def train(
     validation: BatchReader | None,
     progress: Progress,
     reporter: Reporter | None,
-    save: Callable[[], None],
+    saver: CheckpointSaver,
     watch: StallWatch,
 ) -> signal.Signals | None:
     """Trains from `progress`, which it advances, to `training.steps`; saves on the way and at the end.
@@ -93,9 +92,10 @@ def train(
                     reporter.console.event(f"step {step}: validation loss {record['validation_loss']:.4f}")
 
             stopped_by = stop.agreed(layout.device)
+            watch.enter(step, "checkpoint")
+            saver.poll()
             if stopped_by or _due(step, config.checkpoint.every, total):
-                watch.enter(step, "checkpoint")
-                save()
+                saver.save(progress, last=stopped_by is not None or step == total)
             if stopped_by:
                 return stopped_by
     return None

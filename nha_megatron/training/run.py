@@ -10,13 +10,12 @@
 from __future__ import annotations
 
 import signal
-import time
 from collections.abc import Callable
 from pathlib import Path
 
 import torch.distributed as dist
 
-from nha_megatron.checkpoint import CheckpointError, Progress, find_newest, load_checkpoint, load_weights, resolve, save_checkpoint
+from nha_megatron.checkpoint import CheckpointError, CheckpointSaver, Progress, find_newest, load_checkpoint, load_weights, resolve
 from nha_megatron.checkpoint.collective import on_rank_zero
 from nha_megatron.checkpoint.files import published_steps
 from nha_megatron.config import RunConfig, save_resolved
@@ -26,6 +25,7 @@ from nha_megatron.engine.device import choose_device
 from nha_megatron.engine.layout import Layout, create_layout
 from nha_megatron.engine.megatron import MegatronEngine
 from nha_megatron.training.console import Console
+from nha_megatron.training.guards import TrainingError
 from nha_megatron.training.loop import Reporter, train
 from nha_megatron.training.metrics import MetricsLog
 from nha_megatron.training.stall import StallWatch
@@ -125,14 +125,14 @@ def run(
         reporter = Reporter(MetricsLog(config.logging, resolved, progress.step), Console(config.training.steps, config.logging.every))
         say = reporter.console.event
 
-    def save() -> None:
-        started = time.perf_counter()
-        path = save_checkpoint(config.checkpoint_directory, engine, progress, resolved, config.checkpoint.keep)
-        say(f"step {progress.step}: saved {path} in {time.perf_counter() - started:.1f} s")
-
     try:
         with StallWatch(layout.rank, layout.world_size, config.training.stall_seconds) as watch:
-            stopped_by = train(config, engine, layout, *readers, progress, reporter, save, watch)
+            saver = CheckpointSaver(config.checkpoint_directory, engine, resolved, config.checkpoint, say, watch.moved)
+            try:
+                stopped_by = train(config, engine, layout, *readers, progress, reporter, saver, watch)
+            except TrainingError:  # on all ranks together; what is being written is from before
+                saver.wait()
+                raise
         if stopped_by:
             say(f"stopped by {stopped_by.name} after step {progress.step}, which is saved: start again to continue")
         return stopped_by

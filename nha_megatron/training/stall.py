@@ -118,6 +118,10 @@ class StallWatch:
         self._place = (step, phase)
         self._since = time.monotonic()
 
+    def moved(self) -> None:
+        """The main thread is in the same phase, and not standing still: a disk that it waits for has taken more bytes."""
+        self._since = time.monotonic()
+
     def _watch(self) -> None:
         while not self._stopping.wait(self._interval):
             try:

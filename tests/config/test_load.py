@@ -150,12 +150,12 @@ def test_all_problems_of_a_file_stand_in_one_message():
     data["optimizer"]["lr"] = -1
     data["training"]["global_batch_size"] = 7
     data["training"]["engine"] = "deepspeed"
-    data["checkpoint"] = {"asynchronous": True}
+    data["checkpoint"] = {"every": 0}
     with pytest.raises(ConfigError) as error:
         parse_config(data, source="run.yaml")
     first, *problems = str(error.value).splitlines()
     assert first == "run.yaml: 5 problems"
-    for part in ("model.num_head", "optimizer.lr", "global_batch_size 7", "deepspeed", "checkpoint.asynchronous"):
+    for part in ("model.num_head", "optimizer.lr", "global_batch_size 7", "deepspeed", "checkpoint.every"):
         assert sum(part in problem for problem in problems) == 1
 
 

@@ -9,7 +9,6 @@ REFUSALS = {
     "deepspeed": ({"training": {"engine": "deepspeed"}}, ["training.engine deepspeed", "use megatron"]),
     "stages": ({"training": {"stages": [{"tokens": 1000}]}}, ["training.stages", "model.init_from"]),
     "no stages": ({"training": {"stages": []}}, ["training.stages", "remove it"]),
-    "asynchronous checkpoints": ({"checkpoint": {"asynchronous": True}}, ["checkpoint.asynchronous", "set it to false"]),
 }
 
 
