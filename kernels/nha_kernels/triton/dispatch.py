@@ -45,17 +45,25 @@ def choose_tiles(q: Tensor, k: Tensor, v: Tensor, g: Tensor, window: int) -> Til
     )
 
 
-def refusal(q: Tensor, k: Tensor, v: Tensor, g: Tensor, window: int | None) -> str | None:
-    """Why the kernels do not serve a call; None if they do."""
-    dims, slots, group = (q.shape[3], v.shape[3]), g.shape[3], q.shape[2] // k.shape[2]
+def refusal_of_device(x: Tensor) -> str | None:
+    """Why no kernel of this package runs where `x` is; None if they do."""
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"
     if not _HAS_TRITON:
         return "the package triton is not installed"
-    if q.device.type != "cuda" and not interpreted:
-        return f"the kernels run on CUDA devices, the tensors are on {q.device.type}"
-    if q.device.type == "cuda" and torch.cuda.get_device_capability(q.device) not in _CHECKED_CAPABILITIES:
-        capability = "{}.{}".format(*torch.cuda.get_device_capability(q.device))
+    if x.device.type != "cuda" and not interpreted:
+        return f"the kernels run on CUDA devices, the tensors are on {x.device.type}"
+    if x.device.type == "cuda" and torch.cuda.get_device_capability(x.device) not in _CHECKED_CAPABILITIES:
+        capability = "{}.{}".format(*torch.cuda.get_device_capability(x.device))
         return f"the kernels have been checked on compute capability 9.0 only, this device has {capability}"
+    return None
+
+
+def refusal(q: Tensor, k: Tensor, v: Tensor, g: Tensor, window: int | None) -> str | None:
+    """Why the kernels do not serve a call; None if they do."""
+    dims, slots, group = (q.shape[3], v.shape[3]), g.shape[3], q.shape[2] // k.shape[2]
+    reason = refusal_of_device(q)
+    if reason is not None:
+        return reason
     if q.dtype not in (torch.bfloat16, torch.float16, torch.float32):
         return f"the kernels take bfloat16, float16 and float32, not {q.dtype}"
     if not set(dims) <= {64, 128, 256}:
