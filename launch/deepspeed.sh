@@ -17,7 +17,8 @@
 #   MASTER_ADDR, MASTER_PORT     first node and a free port on it
 # PYTHON=python3 is the interpreter. The launcher does not start failed processes again; torchrun.sh does.
 #
-# Exit status: 0 complete, 1 failed, 2 a mistake in the configuration (nothing was started), 75 stopped on request and saved.
+# Exit status: 0 complete, 1 failed, 2 a mistake in the configuration (nothing was started), 3 given up by its
+# guards, 75 stopped on request and saved.
 . "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 parse "$@"
 "$PYTHON" -c 'import importlib.util as u, sys; sys.exit(u.find_spec("deepspeed") is None)' \

@@ -15,7 +15,8 @@
 #   STOP_TIMEOUT=600             seconds to save after SIGTERM or SIGINT, before SIGKILL [600]
 #   PYTHON=python3               interpreter
 #
-# Exit status: 0 complete, 1 failed, 2 a mistake in the configuration (nothing was started), 75 stopped on request and saved.
+# Exit status: 0 complete, 1 failed, 2 a mistake in the configuration (nothing was started), 3 given up by its
+# guards (not started again), 75 stopped on request and saved.
 . "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 parse "$@"
 

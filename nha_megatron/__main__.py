@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from nha_megatron.config import ConfigError, load_config
 from nha_megatron.config.inputs import require_inputs
 from nha_megatron.config.report import check_report
-from nha_megatron.exit_status import COMPLETE, FAILED, STOPPED, USER_ERROR, pass_on
+from nha_megatron.exit_status import COMPLETE, FAILED, GIVEN_UP, STOPPED, USER_ERROR, pass_on
 from nha_megatron.known_warnings import silence_known_warnings
 
 
@@ -46,7 +46,7 @@ def _pretrain(arguments: argparse.Namespace) -> int:
         stopped_by = pretrain(config)
     except TrainingError as error:
         _report(error)
-        return FAILED
+        return pass_on(GIVEN_UP)
     return pass_on(STOPPED if stopped_by else COMPLETE)
 
 

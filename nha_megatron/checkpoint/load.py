@@ -66,7 +66,7 @@ def load_checkpoint(directory: Path, engine: Engine, config: dict[str, Any]) -> 
         raise CheckpointError(f"checkpoint {directory} does not fit this model: {_reason(error)}") from error
     restore_rng(loaded.pop("rng_state"), engine.device)
     engine.load_state_dict(loaded)
-    return Progress(manifest.step, manifest.tokens)
+    return Progress(manifest.step, manifest.tokens, manifest.guards or {})
 
 
 def load_weights(directory: Path, engine: Engine) -> None:

@@ -34,7 +34,7 @@ class FileEntry:
 @dataclass(frozen=True)
 class Manifest:
     """`files` maps each path below the checkpoint folder to its size and sha256 in hexadecimal; `config` is the resolved configuration;
-    `data` says what the run read (data/identity.py), None in checkpoints that do not know."""
+    `data` says what the run read (data/identity.py), None in checkpoints that do not know; `guards` is `Progress.guards`."""
 
     step: int
     tokens: int
@@ -43,6 +43,7 @@ class Manifest:
     versions: dict[str, str]
     files: dict[str, FileEntry]
     data: dict[str, Any] | None = None
+    guards: dict[str, Any] | None = None
     format: str = FORMAT
     format_version: int = FORMAT_VERSION
 

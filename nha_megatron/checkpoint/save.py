@@ -56,7 +56,8 @@ class PendingSave:
         assert "rng_state" not in state
         state["rng_state"] = rng_for_saving(engine.device)
         try:
-            self._writer = ShardWriter(state, self._partial, copy)
+            # On CUDA the copy to host memory is one; what the engine has in host memory there, it made for this call.
+            self._writer = ShardWriter(state, self._partial, copy and engine.device.type == "cpu")
         except CheckpointingException as error:  # of Megatron: the ranks' shards do not make a whole
             raise CheckpointError(self._not_written(str(error))) from error
         self._writer.start()
@@ -79,8 +80,12 @@ class PendingSave:
         except CheckpointError:
             on_rank_zero("", lambda: shutil.rmtree(self._partial, ignore_errors=True))
             raise
-        on_rank_zero(f"checkpoint {self.path} is saved, but older ones could not be removed", lambda: retain(self._root, keep))
+        on_rank_zero(f"checkpoint {self.path} is saved, but `latest` or older ones could not be changed", lambda: self._tidy(keep))
         return self.path
+
+    def _tidy(self, keep: int) -> None:
+        write_latest(self._root, self.progress.step)
+        retain(self._root, keep)
 
     def _publish(self, shares: list[Written]) -> None:
         errors = [f"rank {rank}: {share.error}" for rank, share in enumerate(shares) if share.error is not None]
@@ -94,7 +99,6 @@ class PendingSave:
                     files[path.name] = FileEntry(path.stat().st_size, file_sha256(path, sync=True))
             write_manifest(self._partial, self._manifest(files))
             publish(self._partial, self.path)
-            write_latest(self._root, self.progress.step)
         except OSError as error:
             raise CheckpointError(self._not_written(f"rank 0: {error.strerror}: {error.filename}")) from error
 
@@ -102,6 +106,7 @@ class PendingSave:
         return Manifest(
             step=self.progress.step,
             tokens=self.progress.tokens,
+            guards=self.progress.guards,
             world_size=dist.get_world_size(),
             config=self._config,
             versions=versions(),

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -14,10 +15,14 @@ _CUDA_BYTES = 16
 
 @dataclass
 class Progress:
-    """How far a run has come: `step` updates done, `tokens` consumed by them, counted in the loss or not."""
+    """How far a run has come: `step` updates done, `tokens` consumed by them, counted in the loss or not.
+
+    `guards`: plain data, what the guards remember of the losses so far (training/guards.py). Replaced, never changed in place.
+    """
 
     step: int = 0
     tokens: int = 0
+    guards: dict[str, Any] = field(default_factory=dict)
 
 
 def rng_for_saving(device: torch.device) -> ShardedTensor:

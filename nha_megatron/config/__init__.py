@@ -2,6 +2,7 @@
 
 from .data import BlendEntry, DataConfig
 from .errors import ConfigError
+from .guards import GuardsConfig
 from .load import dump_config, load_config, parse_config, save_resolved, with_overrides
 from .model import ModelConfig
 from .parallel import ParallelConfig
@@ -13,6 +14,7 @@ __all__ = [
     "CheckpointConfig",
     "ConfigError",
     "DataConfig",
+    "GuardsConfig",
     "LoggingConfig",
     "ModelConfig",
     "OptimizerConfig",

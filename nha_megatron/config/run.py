@@ -10,6 +10,7 @@ from .base import NonNegative, NonNegativeReal, Pair, PathString, Positive, Posi
 from .data import DataConfig
 from .errors import ConfigError, problems_message, raise_problems
 from .full_layers import Exchange, choose_exchange
+from .guards import GuardsConfig
 from .model import ModelConfig
 from .parallel import ParallelConfig
 
@@ -124,6 +125,7 @@ class RunConfig(Section):
     training: TrainingConfig
     optimizer: OptimizerConfig
     checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)
+    guards: GuardsConfig = Field(default_factory=GuardsConfig)
     logging: LoggingConfig
 
     @model_validator(mode="after")

@@ -7,6 +7,9 @@ import time
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+import torch.distributed as dist
+
 from nha_megatron.checkpoint import CheckpointSaver, Progress
 from nha_megatron.config import ConfigError, RunConfig
 from nha_megatron.data import BatchReader
@@ -14,7 +17,7 @@ from nha_megatron.engine.base import Engine
 from nha_megatron.engine.layout import Layout
 from nha_megatron.training import layer_statistics
 from nha_megatron.training.console import Console
-from nha_megatron.training.guards import require_finite
+from nha_megatron.training.guards import LossGuard, TrainingError
 from nha_megatron.training.hardware import memory_in_use
 from nha_megatron.training.metrics import MetricsLog
 from nha_megatron.training.schedule import learning_rate
@@ -50,9 +53,11 @@ def train(
 
     Update n (counted from 1) learns from global batch n - 1, so the data position follows from the step alone.
     Returns the signal that ended the run early, with the run saved, or None when it is complete.
-    Raises `TrainingError` when the loss or the gradient is not finite. Collective over all ranks.
+    Raises `TrainingError` when the guards give the run up (training/guards.py). Collective over all ranks.
     """
     total = config.training.steps
+    guard = LossGuard(config.guards, progress.guards)
+    owed = False  # a checkpoint was due after a skipped step
     throughput = Throughput(config, layout.device, layout.world_size)
     with StopRequest() as stop:
         while progress.step < total:
@@ -65,11 +70,14 @@ def train(
             watch.enter(step, "data")
             batches = training.micro_batches(step - 1)
             watch.enter(step, "update")
-            result = engine.train_step(batches, lr)
-            require_finite(step, result.loss, result.grad_norm)
+            result = engine.train_step(batches, lr, guard.max_loss)
+            warning = guard.observe(step, result.loss, result.grad_norm, result.skipped)
+            # Waits for the update itself on an accelerator, so it belongs to the time of the step.
+            stopped_by = stop.agreed(layout.device)
             seconds = time.perf_counter() - started
 
             progress.step = step
+            progress.guards = guard.state()
             progress.tokens += throughput.tokens_per_step
             record: dict[str, Any] = {
                 "step": step,
@@ -77,6 +85,7 @@ def train(
                 "loss": result.loss,
                 "grad_norm": result.grad_norm,
                 "lr": lr,
+                "skipped": guard.skipped,
                 **throughput.measure(seconds),
                 "memory": memory_in_use(layout.device),
             }
@@ -88,17 +97,37 @@ def train(
             if reporter is not None:
                 reporter.log.write(record)
                 reporter.console.step(record, throughput.seconds_left(total - step))
+                if warning is not None:
+                    reporter.console.event(f"warning: {warning}")
                 if "validation_loss" in record:
                     reporter.console.event(f"step {step}: validation loss {record['validation_loss']:.4f}")
 
-            stopped_by = stop.agreed(layout.device)
             watch.enter(step, "checkpoint")
             saver.poll()
-            if stopped_by or _due(step, config.checkpoint.every, total):
-                saver.save(progress, last=stopped_by is not None or step == total)
+            last = stopped_by is not None or step == total
+            owed = owed or _due(step, config.checkpoint.every, total)
+            if last and result.skipped:
+                require_finite_weights(engine, step)
+            # After a skipped step the run may be about to be given up: then its newest checkpoint is one from before.
+            if last or (owed and not result.skipped):
+                saver.save(progress, last=last)
+                owed = False
             if stopped_by:
                 return stopped_by
     return None
+
+
+def require_finite_weights(engine: Engine, step: int) -> None:
+    """Raises `TrainingError` on all ranks when a weight of any rank is not finite. Collective."""
+    faulty = torch.zeros((), device=engine.device)
+    for _, parameter in engine.named_parameters():
+        faulty += parameter.detach().isfinite().logical_not().any()
+    dist.all_reduce(faulty)
+    if faulty.item():
+        raise TrainingError(
+            f"the run ends with step {step}, which was skipped, and its weights are not finite: nothing was saved. Resume from an older "
+            "checkpoint with a lower optimizer.lr, a longer optimizer.warmup_steps or a lower optimizer.clip_grad"
+        )
 
 
 def evaluate(engine: Engine, validation: BatchReader, batches: int) -> float:

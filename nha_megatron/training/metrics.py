@@ -4,9 +4,10 @@
 
     step               updates done, from 1
     tokens             tokens consumed since the start of the run, counted or not
-    loss               mean over the counted tokens of the global batch, in nats
-    grad_norm          global gradient norm before clipping
+    loss               mean over the counted tokens of the global batch, in nats; null where it is not finite
+    grad_norm          global gradient norm before clipping; null where it is not finite
     lr                 learning rate of this update
+    skipped            updates that were computed and not applied so far (see training/guards.py)
     tokens_per_second  of all ranks together, without evaluation and checkpoints
     memory             bytes of rank 0 (see hardware.memory_in_use)
     mfu                share of the chips' dense bf16 rate; absent where the rate is not known
@@ -19,6 +20,7 @@ Only one rank holds these objects; the others get `None` instead of a log.
 from __future__ import annotations
 
 import json
+import math
 import os
 from pathlib import Path
 from typing import Any, Protocol, TextIO
@@ -48,7 +50,7 @@ class JsonLines:
         self._file: TextIO = path.open("a", encoding="utf-8")
 
     def write(self, record: dict[str, Any]) -> None:
-        self._file.write(json.dumps(record) + "\n")
+        self._file.write(_line(record))
         self._file.flush()
 
     def close(self) -> None:
@@ -78,10 +80,16 @@ def truncate_after(path: Path, step: int) -> None:
     kept = [record for record in read_metrics(path) if record["step"] <= step]
     aside = path.with_suffix(".jsonl.partial")
     with aside.open("w", encoding="utf-8") as file:
-        file.writelines(json.dumps(record) + "\n" for record in kept)
+        file.writelines(_line(record) for record in kept)
         file.flush()
         os.fsync(file.fileno())
     aside.replace(path)
+
+
+def _line(record: dict[str, Any]) -> str:
+    """JSON has no NaN and no infinity: readers in other languages would refuse the line."""
+    finite = {name: None if isinstance(value, float) and not math.isfinite(value) else value for name, value in record.items()}
+    return json.dumps(finite, allow_nan=False) + "\n"
 
 
 class TensorBoard:

@@ -106,7 +106,7 @@ def test_pretrain_accepts_what_the_deepspeed_launcher_appends(base, capsys):
     assert "training.steps" in capsys.readouterr().err
 
 
-def test_pretrain_hands_over_the_configuration_and_reports_a_run_that_failed(base, capsys, monkeypatch, tmp_path):
+def test_pretrain_hands_over_the_configuration_and_reports_a_run_that_was_given_up(base, capsys, monkeypatch, tmp_path):
     make_token_files(tmp_path)
     seen = []
     monkeypatch.setattr("nha_megatron.training.run.pretrain", seen.append)
@@ -117,8 +117,12 @@ def test_pretrain_hands_over_the_configuration_and_reports_a_run_that_failed(bas
         raise TrainingError("the loss of step 3 is nan")
 
     monkeypatch.setattr("nha_megatron.training.run.pretrain", fail)
-    assert main(["pretrain", base]) == 1
+    assert main(["pretrain", base]) == 3
     assert capsys.readouterr().err == "error: the loss of step 3 is nan\n"
+    # Under launch/*.sh the status goes through a note, and the launcher starts nothing again.
+    note = tmp_path / "note"
+    monkeypatch.setenv("NHA_EXIT_NOTE", str(note))
+    assert main(["pretrain", base]) == 0 and note.read_text() == "3\n"
 
 
 @pytest.mark.parametrize("arguments", [[], ["train"], ["check"], ["check", "run.yaml", "--steps=3"]])

@@ -30,7 +30,7 @@ OVERRIDES = {
     "misspelt section": ("modle.num_heads=4", "modle: unknown key; did you mean 'model'?"),
     "unknown section": (
         "experts.count=4",
-        "experts: unknown key; allowed: model, parallel, data, training, optimizer, checkpoint, logging",
+        "experts: unknown key; allowed: model, parallel, data, training, optimizer, checkpoint, guards, logging",
     ),
     "key of another section": ("model.lr=1.0", "model.lr: unknown key; it belongs to section 'optimizer': optimizer.lr"),
     "unknown key": ("training.zzz=1", "training.zzz: unknown key; allowed: steps, micro_batch_size"),

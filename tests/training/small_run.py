@@ -50,7 +50,7 @@ def settings(folder: Path, **sections: dict[str, Any]) -> dict[str, Any]:
         "logging": {"directory": str(folder / "run"), "tensorboard": False},
     }
     for name, values in sections.items():
-        base[name].update(values)
+        base.setdefault(name, {}).update(values)
     return base
 
 

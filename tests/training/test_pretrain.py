@@ -18,7 +18,7 @@ from nha_megatron.config import load_config
 from tests.distributed import RankPool
 from tests.training import small_run
 
-RECORD = {"step", "tokens", "loss", "grad_norm", "lr", "tokens_per_second", "memory"}
+RECORD = {"step", "tokens", "loss", "grad_norm", "lr", "skipped", "tokens_per_second", "memory"}
 
 
 def launch(folder: Path, *overrides: str) -> subprocess.Popen[str]:
@@ -107,15 +107,6 @@ def test_isolated_documents_of_token_files_train_alike_over_context_ranks(ranks:
         for name in ("loss", "slot_share", "mean_decay", "write_strength"):
             # fp32 sums in another order, and what three updates of Adam make of them.
             assert two[name] == pytest.approx(one[name], rel=5e-5), (one["step"], name)
-
-
-def test_a_run_that_blows_up_stops_and_saves_nothing(ranks: RankPool, tmp_path: Path) -> None:
-    small_run.write_corpus(tmp_path)
-    explosive = {"lr": 1e30, "warmup_steps": 0, "clip_grad": 0.0}
-    messages = ranks.run(2, small_run.pretrain_on_rank, plain=small_run.settings(tmp_path, optimizer=explosive))
-    assert messages[0] == messages[1] and "of step 2 is nan: training stopped" in messages[0], messages[0]
-    assert [record["step"] for record in small_run.metrics(tmp_path)] == [1]
-    assert not list((tmp_path / "run").glob("checkpoints/step_*"))
 
 
 def test_a_vocabulary_too_small_for_the_data_is_refused_before_training(ranks: RankPool, tmp_path: Path) -> None:
