@@ -8,7 +8,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from nha_megatron.checkpoint.files import CheckpointError
+from nha_megatron.checkpoint.files import CheckpointError, reason_of
 
 
 def on_rank_zero(failure: str, action: Callable[[], Any]) -> None:
@@ -24,7 +24,7 @@ def on_rank_zero(failure: str, action: Callable[[], Any]) -> None:
         except CheckpointError as error:
             outcome = [str(error)]
         except OSError as error:
-            outcome = [f"{failure}: {error.strerror}: {error.filename}" if error.filename else f"{failure}: {error}"]
+            outcome = [f"{failure}: {reason_of(error)}"]
         except Exception as error:  # the others must not wait for a rank that has left
             outcome, unexpected = [f"{failure}: {type(error).__name__}: {error}"], error
     dist.broadcast_object_list(outcome, src=0)

@@ -27,6 +27,12 @@ class CheckpointError(ConfigError):
     """A checkpoint cannot be written, found or used. One message for the user."""
 
 
+def reason_of(error: OSError) -> str:
+    """The system's words, with the file where it is known."""
+    words = error.strerror or str(error)
+    return f"{words}: {error.filename}" if error.filename else words
+
+
 def step_directory(root: Path, step: int) -> Path:
     return root / f"step_{step}"
 
@@ -60,8 +66,10 @@ def resolve(path: str | Path) -> Path:
 
 
 def prepare_root(root: Path) -> None:
-    """Makes the folder and removes what a crash left unpublished."""
+    """Makes the folder and removes what a crash left unpublished. Raises OSError when nothing can be written there."""
     root.mkdir(parents=True, exist_ok=True)
+    write_atomically(root / ".writable", "")
+    (root / ".writable").unlink()
     for entry in root.iterdir():
         if _PARTIAL.fullmatch(entry.name):
             shutil.rmtree(entry)

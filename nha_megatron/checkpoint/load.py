@@ -18,6 +18,7 @@ from nha_megatron.checkpoint.manifest import read_manifest, verify
 from nha_megatron.checkpoint.safety import require_plain_data
 from nha_megatron.checkpoint.state import Progress, restore_rng, rng_for_loading
 from nha_megatron.checkpoint.weights import CheckpointWeights
+from nha_megatron.config.stages import begun_stages
 from nha_megatron.engine.base import Engine
 
 # What megatron-core and torch raise when a state dict does not fit the files. CheckpointException is a BaseException.
@@ -55,7 +56,7 @@ def load_checkpoint(directory: Path, engine: Engine, config: dict[str, Any]) -> 
     Raises `CheckpointError` when the checkpoint belongs to another model or data order than `config`, or does not fit.
     """
     manifest = read_manifest(directory)
-    require_same_run(directory, manifest.config, config)
+    require_same_run(directory, manifest.config, config, manifest.step)
     require_plain_data(directory)
     state = engine.sharded_state_dict(is_loading=True)
     state["rng_state"] = rng_for_loading(manifest.world_size, engine.device)
@@ -88,8 +89,8 @@ def load_weights(directory: Path, engine: Engine) -> None:
     engine.load_weights(weights)
 
 
-def require_same_run(directory: Path, saved: dict[str, Any], current: dict[str, Any]) -> None:
-    """Raises `CheckpointError` listing the settings in which a run differs from the checkpoint that it is to continue."""
+def require_same_run(directory: Path, saved: dict[str, Any], current: dict[str, Any], step: int = 0) -> None:
+    """Raises `CheckpointError` listing the settings in which a run differs from the checkpoint, of step `step`, that it is to continue."""
     differences = []
     for section, names in _FIXED_IN_A_RUN.items():
         before, now = saved.get(section, {}), current.get(section, {})
@@ -98,6 +99,10 @@ def require_same_run(directory: Path, saved: dict[str, Any], current: dict[str, 
                 continue
             if before.get(name) != now.get(name):
                 differences.append(f"{section}.{name} was {before.get(name)!r}, is {now.get(name)!r}")
+    if not differences and begun_stages(saved, step) != begun_stages(current, step):
+        differences.append(
+            f"training.stages that have begun by step {step} were {begun_stages(saved, step)[1:]}, are {begun_stages(current, step)[1:]}"
+        )
     if differences:
         raise CheckpointError(
             f"this run cannot continue from {directory}: {'; '.join(differences)}. "

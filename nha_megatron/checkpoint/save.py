@@ -23,7 +23,16 @@ import torch.distributed as dist
 from megatron.core.dist_checkpointing.core import CheckpointingException
 
 from nha_megatron.checkpoint.collective import on_rank_zero, sum_over_ranks
-from nha_megatron.checkpoint.files import CheckpointError, make_partial, partial_directory, publish, retain, step_directory, write_latest
+from nha_megatron.checkpoint.files import (
+    CheckpointError,
+    make_partial,
+    partial_directory,
+    publish,
+    reason_of,
+    retain,
+    step_directory,
+    write_latest,
+)
 from nha_megatron.checkpoint.manifest import FileEntry, Manifest, file_sha256, versions, write_manifest
 from nha_megatron.checkpoint.shards import ShardWriter, Written
 from nha_megatron.checkpoint.state import Progress, rng_for_saving
@@ -100,7 +109,7 @@ class PendingSave:
             write_manifest(self._partial, self._manifest(files))
             publish(self._partial, self.path)
         except OSError as error:
-            raise CheckpointError(self._not_written(f"rank 0: {error.strerror}: {error.filename}")) from error
+            raise CheckpointError(self._not_written(f"rank 0: {reason_of(error)}")) from error
 
     def _manifest(self, files: dict[str, FileEntry]) -> Manifest:
         return Manifest(

@@ -28,6 +28,7 @@ from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShard
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.storage import WriteResult
 
+from nha_megatron.checkpoint.files import reason_of
 from nha_megatron.checkpoint.manifest import FileEntry
 
 _BACKEND, _VERSION = "torch_dist", 1
@@ -183,6 +184,6 @@ def _on_host(tensors: list[tuple[Any, torch.Tensor]], copy: bool) -> list[tuple[
 
 
 def _describe(error: Exception) -> str:
-    if isinstance(error, OSError) and error.strerror:
-        return f"{error.strerror}: {error.filename}" if error.filename else error.strerror
+    if isinstance(error, OSError):
+        return reason_of(error)
     return f"{type(error).__name__}: {' '.join(str(error).split())}"

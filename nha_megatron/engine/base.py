@@ -56,7 +56,10 @@ class Engine(Protocol):
         """Takes full tensors by layout-independent name, and slices what this rank holds. The optimizer starts from them."""
 
     def sharded_state_dict(self, is_loading: bool) -> dict[str, Any]:
-        """Model and optimizer for `megatron.core.dist_checkpointing`; resharding is up to it."""
+        """Model and optimizer for `megatron.core.dist_checkpointing`; resharding is up to it.
+
+        On a CUDA engine, tensors in host memory are made for this call: training does not change them while they are written.
+        """
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Takes what `dist_checkpointing.load` made of `sharded_state_dict(is_loading=True)`."""

@@ -2,35 +2,146 @@
 
 from __future__ import annotations
 
-import resource
+import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from nha_megatron.checkpoint import verify
+from tests.checkpoint.programs import pretrain_on_a_slow_disk, pretrain_with_a_failing_call, pretrain_with_a_file_limit
 from tests.distributed import RankPool
 from tests.training import small_run
 
-
-def pretrain_with_a_full_disk(plain: dict[str, Any], limit: int) -> str | None:
-    """On a rank: no file may grow beyond `limit` bytes, which fails as a full disk does: an OSError in the middle of a write."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
-    try:
-        return small_run.pretrain_on_rank(plain)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+LIMIT = 30_000  # bytes; a rank's part of the small run's checkpoint has 250,000
 
 
-def test_a_full_disk(ranks: RankPool, folder: Path) -> None:
-    plain = small_run.settings(folder, training={"steps": 6}, checkpoint={"every": 2}, parallel={"tensor": 2})
-    messages = ranks.run(2, pretrain_with_a_full_disk, plain=plain, limit=30_000)
-    for message in messages:
-        assert message is not None and "step_6 could not be written" in message and "rank 1: " in message, message
-        # The system's words, torch's for a short write, or (megatron-core 0.19) the class alone.
-        assert any(words in message for words in ("File too large", "inline_container", "OSError")), message
+def settings(folder: Path, **checkpoint: Any) -> dict[str, Any]:
+    return small_run.settings(folder, training={"steps": 6}, checkpoint={"every": 2, "keep": 9, **checkpoint}, parallel={"tensor": 2})
+
+
+def checkpoints(folder: Path) -> list[str]:
+    return sorted(entry.name for entry in (folder / "run" / "checkpoints").iterdir())
+
+
+@pytest.mark.parametrize(
+    ("rank", "asynchronous"),
+    [
+        pytest.param(0, False, id="rank0-waiting"),
+        pytest.param(1, True, id="rank1-background"),
+        pytest.param(0, True, id="rank0-background", marks=pytest.mark.slow),
+        pytest.param(1, False, id="rank1-waiting", marks=pytest.mark.slow),
+        pytest.param(None, False, id="all-waiting", marks=pytest.mark.slow),
+        pytest.param(None, True, id="all-background", marks=pytest.mark.slow),
+    ],
+)
+def test_a_full_disk_at_the_end_of_the_run(ranks: RankPool, folder: Path, rank: int | None, asynchronous: bool) -> None:
+    """The run of `folder` goes on from step 4; its last checkpoint is the one that fails."""
+    plain = settings(folder, asynchronous=asynchronous)
+    for message, said in ranks.run(2, pretrain_with_a_file_limit, plain=plain, limit=LIMIT, rank=rank):
+        assert said == [] and message is not None
+        assert "step_6 could not be written" in message and "File too large" in message and "checkpoints before are untouched" in message
+        assert [f"rank {r}: " in message for r in (0, 1)] == [rank in (r, None) for r in (0, 1)], message
     assert verify(folder / "run" / "checkpoints" / "step_4").step == 4
+    assert checkpoints(folder) == ["latest", "step_2", "step_4"]
     assert (folder / "run" / "checkpoints" / "latest").read_text() == "step_4\n"
-    assert not (folder / "run" / "checkpoints" / "step_6").exists()
     # With room again, the same command goes on from there.
     assert ranks.run(2, small_run.pretrain_on_rank, plain=plain) == [None, None]
     assert verify(folder / "run" / "checkpoints" / "step_6").step == 6
+
+
+@pytest.fixture
+def new(tmp_path: Path) -> Path:
+    small_run.write_corpus(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize("asynchronous", [pytest.param(False, marks=pytest.mark.slow), True], ids=["waiting", "background"])
+def test_training_goes_on_and_the_next_checkpoint_is_written(ranks: RankPool, new: Path, asynchronous: bool) -> None:
+    plain = settings(new, asynchronous=asynchronous)
+    for message, said in ranks.run(2, pretrain_with_a_file_limit, plain=plain, limit=LIMIT, rank=0, lifted_after=1):
+        assert message is None
+        warning, *saved = said
+        assert "step_2 could not be written" in warning and "rank 0: File too large" in warning and "failure 1 of 3 in a row" in warning
+        assert [line.split(":")[0] for line in saved] == ["step 4", "step 6"]
+    assert checkpoints(new) == ["latest", "step_4", "step_6"]
+    assert len(small_run.losses(new)) == 6
+
+
+@pytest.mark.slow
+def test_too_many_failures_in_a_row_end_the_run(ranks: RankPool, new: Path) -> None:
+    for message, said in ranks.run(2, pretrain_with_a_file_limit, plain=settings(new, attempts=2), limit=LIMIT, rank=0):
+        assert message is not None and "step_4 could not be written" in message
+        assert len(said) == 1 and "step_2 could not be written" in said[0]
+    assert checkpoints(new) == []
+
+
+@pytest.mark.parametrize(
+    "where",
+    [
+        pytest.param("save.make_partial", marks=pytest.mark.slow),
+        pytest.param("shards.save_config", marks=pytest.mark.slow),
+        "save.write_manifest",
+        pytest.param("save.publish", marks=pytest.mark.slow),
+        pytest.param("save.write_latest", marks=pytest.mark.slow),
+        pytest.param("save.retain", marks=pytest.mark.slow),
+    ],
+)
+def test_a_failure_of_rank_0_alone_reaches_all(ranks: RankPool, new: Path, where: str) -> None:
+    for message, said in ranks.run(2, pretrain_with_a_failing_call, plain=settings(new), where=where):
+        assert message is None
+        is_saved = where in ("save.write_latest", "save.retain")
+        assert ("step_4 is saved, but" if is_saved else "step_4 could not be written") in said[1]
+        assert "No space left on device" in said[1] and said[1].startswith("warning: ")
+    assert checkpoints(new) == ["latest", "step_2", *["step_4"] * is_saved, "step_6"]
+    for step in (2, 6):
+        verify(new / "run" / "checkpoints" / f"step_{step}")
+
+
+@pytest.mark.slow
+def test_a_slow_disk_is_said_and_not_taken_for_a_hung_run(ranks: RankPool, new: Path) -> None:
+    # Some 90 items of 0.06 s: longer than the stall watch allows a run to stand still.
+    plain = settings(new) | {"training": {**settings(new)["training"], "steps": 2, "stall_seconds": 4}}
+    for message, said in ranks.run(2, pretrain_on_a_slow_disk, plain=plain, seconds_per_item=0.06):
+        assert message is None
+        assert said[0].startswith("step 2: waiting for the checkpoint, 0.00 of 0.00 GiB") and "checkpoint.every" in said[0]
+        assert said[-1].startswith("step 2: saved ")
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of its own: its 1.9 MB hold two of the small run's checkpoints, not three."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1900k", "tmpfs", str(disk)], capture_output=True, text=True)
+    if mounted.returncode:
+        pytest.skip(f"no file system can be mounted here: {mounted.stderr.strip()}")
+    yield disk
+    subprocess.run(["umount", str(disk)], check=True)
+
+
+@pytest.mark.slow
+def test_a_disk_that_is_really_full(ranks: RankPool, new: Path, small_disk: Path) -> None:
+    plain = settings(new, path=str(small_disk / "checkpoints"))
+    for message in ranks.run(2, small_run.pretrain_on_rank, plain=plain):
+        assert (
+            message is not None and "step_6 could not be written (0.0 GiB free there)" in message and "No space left on device" in message
+        )
+    assert sorted(entry.name for entry in (small_disk / "checkpoints").iterdir()) == ["latest", "step_2", "step_4"]
+    plain["checkpoint"]["keep"] = 1  # takes effect after the next save, for which there is room once a checkpoint is gone
+    subprocess.run(["rm", "-r", str(small_disk / "checkpoints" / "step_2")], check=True)
+    assert ranks.run(2, small_run.pretrain_on_rank, plain=plain) == [None, None]
+    assert verify(small_disk / "checkpoints" / "step_6").step == 6
+
+
+def test_a_disk_that_became_read_only(ranks: RankPool, new: Path, small_disk: Path) -> None:
+    plain = settings(new, path=str(small_disk / "checkpoints"))
+    plain["training"]["steps"] = 2
+    assert ranks.run(2, small_run.pretrain_on_rank, plain=plain) == [None, None]
+    subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
+    plain["training"]["steps"] = 4
+    for message in ranks.run(2, small_run.pretrain_on_rank, plain=plain):
+        assert message is not None and "Read-only file system" in message and str(small_disk) in message
+    assert len(small_run.losses(new)) == 2  # said before training, not after hours of it
+    verify(small_disk / "checkpoints" / "step_2")

@@ -1,0 +1,168 @@
+"""What ranks run in the tests of saving: engines that save while they train, and disks that fail, or are slow."""
+
+from __future__ import annotations
+
+import errno
+import os
+import resource
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+import torch.distributed as dist
+from megatron.core.dist_checkpointing import ShardedTensor
+
+from nha_megatron.checkpoint import Progress, save_checkpoint
+from nha_megatron.checkpoint import saver as saver_module
+from nha_megatron.checkpoint import shards as shards_module
+from nha_megatron.checkpoint.save import PendingSave
+from nha_megatron.checkpoint.saver import CheckpointSaver
+from nha_megatron.checkpoint.shards import ShardWriter
+from tests.engine.programs import make_engine, micro_batches, tiny_config
+from tests.training import small_run
+
+
+def save_and_train(root: str, parallel: dict[str, Any], mode: str, precision: str = "fp32") -> list[float]:
+    """Two updates, a checkpoint, two more updates. `mode`:
+
+    waiting     training waits for the checkpoint
+    background  nothing is written until training has made its two updates
+    """
+    config = tiny_config(parallel=parallel, training={"precision": precision})
+    engine = make_engine(config)
+
+    def update(step: int) -> float:
+        return engine.train_step(micro_batches(config, engine.layout, step), 1e-2).loss
+
+    update(0)
+    update(1)
+    plain = config.model_dump(mode="json")
+    if mode == "waiting":
+        save_checkpoint(Path(root), engine, Progress(2, 128), plain, keep=1)
+        return [update(2), update(3)]
+    with gated_writes() as gate:
+        pending = PendingSave(Path(root), engine, Progress(2, 128), plain, copy=True)
+        losses = [update(2), update(3)]
+        assert pending.advance()[:2] == (False, 0)
+        gate.set()
+        pending.finish(keep=1)
+    return losses
+
+
+def write_a_tensor_that_changes(directory: str, copy: bool) -> str:
+    """sha256 of the file: a tensor of ones, set to zero before the writer starts."""
+    tensor = torch.ones(1000)
+    writer = ShardWriter({"tensor": ShardedTensor.from_rank_offsets("tensor", tensor)}, Path(directory), copy)
+    tensor.zero_()
+    writer.start()
+    (entry,) = writer.result().files.values()
+    return entry.sha256
+
+
+@contextmanager
+def gated_writes() -> Iterator[threading.Event]:
+    """Writers of this rank wait at their first byte until the event is set."""
+    gate = threading.Event()
+    original = shards_module._write_item
+
+    def write_item(*arguments: Any) -> Any:
+        assert gate.wait(60)
+        return original(*arguments)
+
+    with mock.patch.object(shards_module, "_write_item", write_item):
+        yield gate
+
+
+def pretrain_with_a_file_limit(
+    plain: dict[str, Any], limit: int, rank: int | None, lifted_after: int | None = None
+) -> tuple[str | None, list[str]]:
+    """On `rank`, or on all, no file may grow beyond `limit` bytes, which fails as a full disk does: in the middle of a write.
+
+    `lifted_after`: failures after which there is room again. Returns the message at the end and the warnings.
+    """
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    if rank in (None, dist.get_rank()):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
+
+    def after_failure(count: int) -> None:
+        if count == lifted_after:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+    try:
+        return _pretrain_and_listen(plain, after_failure)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def pretrain_with_a_failing_call(plain: dict[str, Any], where: str) -> tuple[str | None, list[str]]:
+    """On rank 0, the named function of `checkpoint/save.py` or `shards.py` fails once, at the second checkpoint, as on a full disk."""
+    module, _, name = where.partition(".")
+    owner = {"save": PendingSave.__init__.__globals__, "shards": vars(shards_module)}[module]
+    original, calls = owner[name], 0
+
+    def fails(*arguments: Any, **keywords: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == 2:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "a file")
+        return original(*arguments, **keywords)
+
+    if dist.get_rank() == 0:
+        owner[name] = fails
+    try:
+        return _pretrain_and_listen(plain)
+    finally:
+        owner[name] = original
+
+
+def pretrain_on_a_slow_disk(plain: dict[str, Any], seconds_per_item: float) -> tuple[str | None, list[str]]:
+    original = shards_module._write_item
+
+    def write_item(*arguments: Any) -> Any:
+        time.sleep(seconds_per_item)
+        return original(*arguments)
+
+    with mock.patch.object(shards_module, "_write_item", write_item), mock.patch.object(saver_module, "_REPORT_S", 0.5):
+        return _pretrain_and_listen(plain)
+
+
+def pretrain_until_signalled(plain: dict[str, Any], step: int) -> tuple[str | None, list[str]]:
+    """Rank 0 gets SIGUSR1 at the start of `step`; the checkpoint before is not written until the stop has been agreed."""
+    original = CheckpointSaver.save
+
+    with gated_writes() as gate:
+
+        def save(self: CheckpointSaver, progress: Progress, last: bool = False) -> None:
+            if last:
+                gate.set()
+            elif progress.step == step - 1 and dist.get_rank() == 0:
+                threading.Timer(0, os.kill, [os.getpid(), signal.SIGUSR1]).start()
+            original(self, progress, last)
+
+        with mock.patch.object(CheckpointSaver, "save", save):
+            return _pretrain_and_listen(plain)
+
+
+def _pretrain_and_listen(plain: dict[str, Any], after_failure: Callable[[int], None] = lambda count: None) -> tuple[str | None, list[str]]:
+    said: list[str] = []
+    original_init, original_failed = CheckpointSaver.__init__, CheckpointSaver._failed
+
+    def init(self: CheckpointSaver, *arguments: Any, **keywords: Any) -> None:
+        original_init(self, *arguments, **keywords)
+        say = self._say
+        self._say = lambda text: (said.append(text), say(text))[1]
+
+    def failed(self: CheckpointSaver, *arguments: Any) -> None:
+        try:
+            original_failed(self, *arguments)
+        finally:
+            after_failure(self._failures)
+
+    with mock.patch.object(CheckpointSaver, "__init__", init), mock.patch.object(CheckpointSaver, "_failed", failed):
+        return small_run.pretrain_on_rank(plain), said
