@@ -1,4 +1,4 @@
-"""Command line: `python -m nha_megatron check|pretrain|health CONFIG.yaml [key=value ...]`."""
+"""Command line: `python -m nha_megatron check|pretrain|health CONFIG.yaml [key=value ...]` and `verify DIR`."""
 
 import argparse
 import os
@@ -59,6 +59,16 @@ def _health(arguments: argparse.Namespace) -> int:
     return pass_on(COMPLETE if check_health(config) else FAILED)
 
 
+def _verify(arguments: argparse.Namespace) -> int:
+    silence_known_warnings()
+    from nha_megatron.checkpoint import VerifyReport
+
+    report = VerifyReport(arguments.directory)
+    for line in report:
+        print(line, flush=True)
+    return COMPLETE if report.is_sound else FAILED
+
+
 def _report(error: Exception) -> None:
     """One message for all ranks: rank 0 prints it."""
     if os.environ.get("RANK", "0") == "0":
@@ -80,6 +90,13 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     pretrain.set_defaults(command=_pretrain)
     health = commands.add_parser("health", help="test devices, network, disk and clocks of all nodes; run it under the same launcher")
     health.set_defaults(command=_health)
+    verify = commands.add_parser(
+        "verify",
+        help="read all checkpoints of a run, or one, and say which are sound",
+        epilog="Exit status: 0 all are sound, 1 one is damaged, 2 there is none.",
+    )
+    verify.add_argument("directory", metavar="DIR", help="a run's folder, a checkpoints folder or a checkpoint")
+    verify.set_defaults(command=_verify, overrides=[])
     for command in (check, pretrain, health):
         command.add_argument("config", metavar="CONFIG.yaml", help="run configuration")
         command.add_argument(
@@ -91,6 +108,8 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     unknown = [item for item in rest if item.startswith("-")]
     if unknown:
         parser.error(f"unknown option {unknown[0]}; overrides are written section.key=value")
+    if rest and arguments.command is _verify:
+        parser.error(f"verify takes one directory, given another argument {rest[0]}")
     arguments.overrides += rest
     return arguments
 

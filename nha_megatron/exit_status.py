@@ -1,7 +1,7 @@
 """Exit statuses of `python -m nha_megatron`, and how they pass launchers that swallow them.
 
     0    complete
-    1    failed: a rank that stopped moving, the machine
+    1    failed: a rank that stopped moving, the machine; `verify`: a checkpoint is damaged
     2    a user's mistake, one message on standard error
     3    given up: losses or gradients that are not finite, or a loss spike (training/guards.py). The checkpoints from before are untouched;
          started again unchanged, the run would meet the same numbers

@@ -7,6 +7,7 @@ state.py     the run's position and random number generators
 shards.py    a rank's share: planned by Megatron, written by a thread
 save.py      one checkpoint: all ranks write, rank 0 publishes
 saver.py     a run's checkpoints: in the background or not, what a failure and a slow disk do
+report.py    what the command `verify` prints
 load.py      resume a run, or start one from weights
 weights.py   all weights of a model in one process, for export
 """
@@ -14,6 +15,7 @@ weights.py   all weights of a model in one process, for export
 from nha_megatron.checkpoint.files import resolve
 from nha_megatron.checkpoint.load import find_newest, load_checkpoint, load_weights
 from nha_megatron.checkpoint.manifest import CheckpointError, Manifest, read_manifest, verify
+from nha_megatron.checkpoint.report import VerifyReport
 from nha_megatron.checkpoint.save import save_checkpoint
 from nha_megatron.checkpoint.saver import CheckpointSaver
 from nha_megatron.checkpoint.state import Progress
@@ -24,6 +26,7 @@ __all__ = [
     "CheckpointSaver",
     "Manifest",
     "Progress",
+    "VerifyReport",
     "find_newest",
     "load_checkpoint",
     "load_weights",

@@ -19,8 +19,8 @@ from nha_megatron.config import ConfigError
 
 MANIFEST = "manifest.json"
 LATEST = "latest"
-_PUBLISHED = re.compile(r"step_(\d+)")
-_PARTIAL = re.compile(r"\.step_\d+\.(partial|replaced)")
+PUBLISHED = re.compile(r"step_(\d+)")
+_PARTIAL = re.compile(r"\.step_(\d+)\.(partial|replaced)")
 
 
 class CheckpointError(ConfigError):
@@ -45,8 +45,15 @@ def published_steps(root: Path) -> list[int]:
     """Steps of all published folders, ascending; whether they are sound is for `verify` to say."""
     if not root.is_dir():
         return []
-    matches = (_PUBLISHED.fullmatch(entry.name) for entry in root.iterdir() if entry.is_dir())
+    matches = (PUBLISHED.fullmatch(entry.name) for entry in root.iterdir() if entry.is_dir())
     return sorted(int(match[1]) for match in matches if match)
+
+
+def unfinished_steps(root: Path) -> list[int]:
+    """Steps whose folder has not been published, or is being removed, ascending."""
+    if not root.is_dir():
+        return []
+    return sorted(int(match[1]) for match in (_PARTIAL.fullmatch(entry.name) for entry in root.iterdir()) if match)
 
 
 def resolve(path: str | Path) -> Path:

@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import platform
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
@@ -19,7 +20,7 @@ import torch
 import torch.distributed as dist
 
 import nha_megatron
-from nha_megatron.checkpoint.files import MANIFEST, CheckpointError, write_atomically
+from nha_megatron.checkpoint.files import MANIFEST, PUBLISHED, CheckpointError, write_atomically
 
 FORMAT = "nha_megatron/torch_dist"
 FORMAT_VERSION = 1
@@ -63,17 +64,39 @@ def read_manifest(directory: Path) -> Manifest:
                 f"this version reads {FORMAT!r} version {FORMAT_VERSION}"
             )
         files = {name: FileEntry(**entry) for name, entry in content.pop("files").items()}
-        return Manifest(files=files, **content)
+        manifest = Manifest(files=files, **content)
+        _require_types(manifest)
     except FileNotFoundError as error:
         raise CheckpointError(f"checkpoint {directory} has no {MANIFEST}: it is incomplete, or not a checkpoint of nha_megatron") from error
     except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"checkpoint {directory}: {MANIFEST} is damaged ({type(error).__name__}: {error})") from error
     except OSError as error:
         raise CheckpointError(f"checkpoint {directory}: {MANIFEST} cannot be read: {error.strerror}") from error
+    match = PUBLISHED.fullmatch(directory.name)
+    if match and int(match[1]) != manifest.step:
+        raise CheckpointError(f"checkpoint {directory}: {MANIFEST} says that this is step {manifest.step}; rename the folder back")
+    return manifest
 
 
-def verify(directory: str | Path, group: dist.ProcessGroup | None = None) -> Manifest:
-    """Checks that every file is there with its size and sha256, and returns the manifest.
+def _require_types(manifest: Manifest) -> None:
+    """Raises TypeError for what only a hand, or a disk, can have written."""
+    for name in ("step", "tokens", "world_size"):
+        value = getattr(manifest, name)
+        if type(value) is not int or value < (name == "world_size"):
+            raise TypeError(f"{name} is {value!r}")
+    if not isinstance(manifest.config, dict):
+        raise TypeError(f"config is {manifest.config!r}")
+    if not manifest.files:
+        raise TypeError("it names no files")
+    for name, entry in manifest.files.items():
+        if Path(name).is_absolute() or ".." in Path(name).parts:
+            raise TypeError(f"it names {name}, outside the checkpoint")
+        if type(entry.bytes) is not int or not isinstance(entry.sha256, str):
+            raise TypeError(f"the entry of {name} is {entry}")
+
+
+def verify(directory: str | Path, group: dist.ProcessGroup | None = None, threads: int = 1) -> Manifest:
+    """Checks that every file is there with its size and sha256, and returns the manifest. `threads` read at a time.
 
     With a process group, collective over it: each rank reads its share of the files and all come to the same answer.
     Raises `CheckpointError` naming what is wrong.
@@ -81,7 +104,9 @@ def verify(directory: str | Path, group: dist.ProcessGroup | None = None) -> Man
     directory = Path(directory)
     manifest = read_manifest(directory)
     rank, size = (dist.get_rank(group), dist.get_world_size(group)) if group is not None else (0, 1)
-    problems = _problems(directory, manifest, sorted(manifest.files)[rank::size])
+    with ThreadPoolExecutor(threads) as pool:  # hashing lets other threads run
+        found = pool.map(lambda name: _problem(directory / name, name, manifest.files[name]), sorted(manifest.files)[rank::size])
+        problems = [problem for problem in found if problem is not None]
     if group is not None:
         shares: list[list[str]] = [[] for _ in range(size)]
         dist.all_gather_object(shares, problems, group=group)
@@ -91,18 +116,17 @@ def verify(directory: str | Path, group: dist.ProcessGroup | None = None) -> Man
     return manifest
 
 
-def _problems(directory: Path, manifest: Manifest, names: list[str]) -> list[str]:
-    problems = []
-    for name in names:
-        expected = manifest.files[name]
-        path = directory / name
+def _problem(path: Path, name: str, expected: FileEntry) -> str | None:
+    try:
         if not path.is_file():
-            problems.append(f"{name} is missing")
-        elif path.stat().st_size != expected.bytes:
-            problems.append(f"{name} has {path.stat().st_size} bytes instead of {expected.bytes}")
-        elif file_sha256(path) != expected.sha256:
-            problems.append(f"{name} has another content than was written (sha256 differs)")
-    return problems
+            return f"{name} is missing"
+        if path.stat().st_size != expected.bytes:
+            return f"{name} has {path.stat().st_size} bytes instead of {expected.bytes}"
+        if file_sha256(path) != expected.sha256:
+            return f"{name} has another content than was written (sha256 differs)"
+    except OSError as error:  # a bad sector, say
+        return f"{name} cannot be read: {error.strerror}"
+    return None
 
 
 def file_sha256(path: Path, sync: bool = False) -> str:
