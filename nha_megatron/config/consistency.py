@@ -30,7 +30,8 @@ def run_checks(checks: Sequence[Check], sections: Mapping[str, Any]) -> list[str
 def problems(sections: Mapping[str, Any]) -> list[str]:
     """Everything that does not fit together among the valid sections."""
     return run_checks(
-        [_tensor_sizes, _sequence_sizes, _full_layer_heads, _pipeline_sizes, _batch_sizes, _schedule_sizes, _validation], sections
+        [_tensor_sizes, _sequence_sizes, _full_layer_heads, _pipeline_sizes, _batch_sizes, _batch_tokens, _schedule_sizes, _validation],
+        sections,
     )
 
 
@@ -79,6 +80,15 @@ def _batch_sizes(training: "TrainingConfig") -> Iterator[str]:
         yield (
             f"training.global_batch_size {training.global_batch_size} is not a multiple of training.micro_batch_size "
             f"{training.micro_batch_size}; change one of them"
+        )
+
+
+def _batch_tokens(data: "DataConfig", training: "TrainingConfig") -> Iterator[str]:
+    tokens = training.micro_batch_size * data.sequence_length
+    if tokens >= 2**31:
+        yield (
+            f"training.micro_batch_size {training.micro_batch_size} x data.sequence_length {data.sequence_length} is {tokens:,} tokens, "
+            "and document boundaries are 32-bit numbers; use a smaller micro batch"
         )
 
 

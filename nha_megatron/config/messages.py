@@ -2,7 +2,7 @@
 
 import difflib
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, get_args
 
 from pydantic import BaseModel, ValidationError
 
@@ -100,11 +100,18 @@ def _unknown_key(keys: Location, schema: type[BaseModel]) -> str:
 
 
 def _fields_at(keys: Location, schema: type[BaseModel]) -> Mapping[str, Any]:
-    if not keys:
-        return schema.model_fields
-    if len(keys) == 1:
-        return getattr(schema.model_fields[str(keys[0])].annotation, "model_fields", {})
-    return dict.fromkeys(("path", "weight"))  # the only nested objects are the entries of a blend
+    """Fields of the objects that may stand there; the numbers among the keys are places in a list."""
+    models = [schema]
+    for key in keys:
+        if isinstance(key, str):
+            models = [found for model in models if key in model.model_fields for found in _models_in(model.model_fields[key].annotation)]
+    return {name: field for model in models for name, field in model.model_fields.items()}
+
+
+def _models_in(annotation: Any) -> list[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [model for part in get_args(annotation) for model in _models_in(part)]
 
 
 def _number(value: Any) -> str:

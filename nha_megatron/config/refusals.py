@@ -16,7 +16,6 @@ def problems(sections: Mapping[str, Any]) -> list[str]:
     """One message for each thing asked for that is not supported, among the valid sections."""
     checks: list[Check] = [
         _deepspeed,
-        _stages,
     ]
     return run_checks(checks, sections)
 
@@ -24,11 +23,3 @@ def problems(sections: Mapping[str, Any]) -> list[str]:
 def _deepspeed(training: "TrainingConfig") -> Iterator[str]:
     if training.engine == "deepspeed":
         yield "training.engine deepspeed; not supported yet, because there is no ZeRO engine: use megatron, which shards optimizer state"
-
-
-def _stages(training: "TrainingConfig") -> Iterator[str]:
-    if training.stages is not None:
-        yield (
-            "training.stages; not supported yet, because length, batch and data are fixed for a run: remove it, and start a second "
-            "run with model.init_from for the next stage"
-        )

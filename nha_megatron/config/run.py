@@ -1,7 +1,7 @@
 """The whole configuration of a run, and the checks that need more than one section."""
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
@@ -13,6 +13,8 @@ from .full_layers import Exchange, choose_exchange
 from .guards import GuardsConfig
 from .model import ModelConfig
 from .parallel import ParallelConfig
+from .stage_plan import plan_stages, stage_problems
+from .stages import StageConfig
 
 Beta = Annotated[float, Field(ge=0, lt=1)]
 
@@ -21,13 +23,13 @@ class TrainingConfig(Section):
     """The loop: how long, in what batches, in what precision, on what."""
 
     steps: Positive
-    """Optimizer steps of the whole run."""
+    """Optimizer steps of the whole run, over all stages."""
     micro_batch_size: Positive
     """Samples that one rank runs through the model at once."""
     global_batch_size: Positive
     """Samples of one optimizer step, over all ranks."""
-    stages: Any = None
-    """Changes of context length, batch size or data during the run."""
+    stages: Annotated[list[StageConfig], Field(min_length=1)] | None = None
+    """Changes of context length, batch size, data or schedule during the run, each from a token offset on; null: none."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """Of weights and activations; gradients, optimizer state, softmax and slots are fp32 in both."""
     recompute: Literal["none", "selective", "full"] = "none"
@@ -131,7 +133,7 @@ class RunConfig(Section):
     @model_validator(mode="after")
     def _consistent(self) -> "RunConfig":
         sections = {name: getattr(self, name) for name in type(self).model_fields}
-        raise_problems([*consistency.problems(sections), *refusals.problems(sections)])
+        raise_problems([*consistency.problems(sections), *refusals.problems(sections)] or stage_problems(self))
         return self
 
     @property
@@ -153,7 +155,10 @@ class RunConfig(Section):
     def check_world(self, world_size: int) -> int:
         """Data-parallel size in a world of that many ranks. Raises `ConfigError` when the world does not fit."""
         data = self.parallel.data(world_size)
-        problems = consistency.world_problems(self.training, self.parallel, data)
+        problems = []
+        for stage in plan_stages(self):
+            found = consistency.world_problems(stage.config.training, stage.config.parallel, data)
+            problems += found if stage.number == 1 else [f"training.stages.{stage.number - 2}: {problem}" for problem in found]
         if problems:
             raise ConfigError(problems_message(f"world size {world_size}", problems))
         return data

@@ -106,11 +106,13 @@ def open_samples(
     split: Literal["train", "validation"],
     end_of_text: int | None = None,
     vocab_size: int | None = None,
+    stage: int = 1,
 ) -> SampleOrder:
     """Open the token files of a split and define their order.
 
     end_of_text: the id that the caller counts on; None takes the one that the files were made with.
     vocab_size: the model's, checked against the largest token id in the files; None skips the check.
+    stage: the number of the run's stage, from 1; each has an order of its own.
 
     Raises ConfigError if a file is missing or damaged, was made with another tokenizer than `data.tokenizer`, has another
     end-of-text token, holds token ids that do not fit, or is shorter than one sample.
@@ -139,5 +141,7 @@ def open_samples(
             )
     assert end_of_text is not None
     order = PackedOrder if data.packing == "best_fit" else CorpusOrder
-    corpora = [order(tokens, data.sequence_length, derive_key(data.seed, split, i)) for i, tokens in enumerate(files)]
+    # A run without stages keeps the order that it has had since before there were any.
+    own = () if stage == 1 else ("stage", stage)
+    corpora = [order(tokens, data.sequence_length, derive_key(data.seed, split, i, *own)) for i, tokens in enumerate(files)]
     return SampleOrder(corpora, [entry.weight for entry in entries], end_of_text)

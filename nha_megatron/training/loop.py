@@ -12,7 +12,7 @@ import torch.distributed as dist
 
 from nha_megatron.checkpoint import CheckpointSaver, Progress
 from nha_megatron.config import ConfigError, RunConfig
-from nha_megatron.data import BatchReader
+from nha_megatron.config.stage_plan import Stage, plan_stages
 from nha_megatron.engine.base import Engine
 from nha_megatron.engine.layout import Layout
 from nha_megatron.training import layer_statistics
@@ -22,6 +22,7 @@ from nha_megatron.training.hardware import memory_in_use
 from nha_megatron.training.metrics import MetricsLog
 from nha_megatron.training.schedule import learning_rate
 from nha_megatron.training.signals import StopRequest
+from nha_megatron.training.stage_data import StageData
 from nha_megatron.training.stall import StallWatch
 from nha_megatron.training.throughput import Throughput
 
@@ -42,8 +43,7 @@ def train(
     config: RunConfig,
     engine: Engine,
     layout: Layout,
-    training: BatchReader,
-    validation: BatchReader | None,
+    data: StageData,
     progress: Progress,
     reporter: Reporter | None,
     saver: CheckpointSaver,
@@ -51,24 +51,33 @@ def train(
 ) -> signal.Signals | None:
     """Trains from `progress`, which it advances, to `training.steps`; saves on the way and at the end.
 
-    Update n (counted from 1) learns from global batch n - 1, so the data position follows from the step alone.
+    The data position follows from the step alone (training/stage_data.py).
     Returns the signal that ended the run early, with the run saved, or None when it is complete.
     Raises `TrainingError` when the guards give the run up (training/guards.py). Collective over all ranks.
     """
     total = config.training.steps
     guard = LossGuard(config.guards, progress.guards)
     owed = False  # a checkpoint was due after a skipped step
-    throughput = Throughput(config, layout.device, layout.world_size)
+    stages = plan_stages(config)
     with StopRequest() as stop:
         while progress.step < total:
             step = progress.step + 1
+            stage = next(stage for stage in stages if step <= stage.last_step)
+            if data.stage is not stage:
+                data.begin(stage)
+                engine.begin_stage(stage.config)
+                throughput = Throughput(stage.config, layout.device, layout.world_size)
+                if step == stage.steps_before + 1:
+                    guard.begin_stage()
+                if reporter is not None:
+                    _announce(reporter.console, stage, len(stages), data.padding_share)
             started = time.perf_counter()
-            lr = learning_rate(step, config.optimizer, total)
+            lr = learning_rate(step - stage.schedule_begins, stage.config.optimizer, stage.config.training.steps)
             measure_layers = _due(step, config.logging.layer_statistics, total)
             if measure_layers:
                 layer_statistics.request(engine.model_chunks)
             watch.enter(step, "data")
-            batches = training.micro_batches(step - 1)
+            batches = data.training_batches(step)
             watch.enter(step, "update")
             result = engine.train_step(batches, lr, guard.max_loss)
             warning = guard.observe(step, result.loss, result.grad_norm, result.skipped)
@@ -78,7 +87,7 @@ def train(
 
             progress.step = step
             progress.guards = guard.state()
-            progress.tokens += throughput.tokens_per_step
+            progress.tokens += stage.tokens_per_step
             record: dict[str, Any] = {
                 "step": step,
                 "tokens": progress.tokens,
@@ -91,12 +100,12 @@ def train(
             }
             if measure_layers:
                 record |= layer_statistics.collect(engine.model_chunks, config.model.num_layers, layout.device)
-            if validation is not None and _due(step, config.training.validate_every, total):
+            if _due(step, config.training.validate_every, total):
                 watch.enter(step, "validation")
-                record["validation_loss"] = evaluate(engine, validation, config.training.validate_batches)
+                record["validation_loss"] = evaluate(engine, data, config.training.validate_batches)
             if reporter is not None:
                 reporter.log.write(record)
-                reporter.console.step(record, throughput.seconds_left(total - step))
+                reporter.console.step(record, throughput.seconds_left(stages[-1].tokens_after - progress.tokens))
                 if warning is not None:
                     reporter.console.event(f"warning: {warning}")
                 if "validation_loss" in record:
@@ -130,16 +139,27 @@ def require_finite_weights(engine: Engine, step: int) -> None:
         )
 
 
-def evaluate(engine: Engine, validation: BatchReader, batches: int) -> float:
+def evaluate(engine: Engine, data: StageData, batches: int) -> float:
     """Mean loss, in nats, over the counted tokens of the first `batches` global batches: the same tokens at every evaluation."""
     loss_sum, tokens = 0.0, 0
     for index in range(batches):
-        batch_loss, batch_tokens = engine.evaluate(validation.micro_batches(index))
+        batch_loss, batch_tokens = engine.evaluate(data.validation_batches(index))
         loss_sum += batch_loss
         tokens += batch_tokens
     if tokens == 0:
         raise ConfigError(f"the first {batches} validation batches have no token that counts; check data.validation")
     return loss_sum / tokens
+
+
+def _announce(console: Console, stage: Stage, stages: int, padding_share: float) -> None:
+    data, training = stage.config.data, stage.config.training
+    if stages > 1:
+        console.event(
+            f"stage {stage.number} of {stages}: steps {stage.steps_before + 1:,} to {stage.last_step:,}, from token "
+            f"{stage.tokens_before:,}, {training.global_batch_size} x {data.sequence_length:,} tokens a step"
+        )
+    if data.packing == "best_fit":
+        console.event(f"packed samples: {padding_share:.2%} of the places of a training sample are padding")
 
 
 def _due(step: int, every: int | None, total: int) -> bool:

@@ -19,7 +19,6 @@ from nha_megatron.checkpoint import CheckpointError, CheckpointSaver, Progress, 
 from nha_megatron.checkpoint.collective import on_rank_zero
 from nha_megatron.checkpoint.files import published_steps
 from nha_megatron.config import RunConfig, save_resolved
-from nha_megatron.data import BatchReader, open_samples
 from nha_megatron.engine.base import Engine
 from nha_megatron.engine.device import choose_device
 from nha_megatron.engine.layout import Layout, create_layout
@@ -28,6 +27,7 @@ from nha_megatron.training.console import Console
 from nha_megatron.training.guards import TrainingError
 from nha_megatron.training.loop import Reporter, train
 from nha_megatron.training.metrics import MetricsLog
+from nha_megatron.training.stage_data import StageData
 from nha_megatron.training.stall import StallWatch
 
 
@@ -41,13 +41,10 @@ def pretrain(config: RunConfig) -> signal.Signals | None:
     joined_here = not dist.is_initialized()
     layout = create_layout(config, choose_device(config.training.device))
     say = print if layout.rank == 0 else _ignore
-    readers = open_data(config, layout)
     stopped_by = None
-    try:
+    with StageData(config, layout) as data:
         engine = MegatronEngine(config, layout.device, layout)
         say(f"{layout.describe()} on {layout.device.type}, {config.model.num_parameters():,} parameters")
-        if config.data.packing == "best_fit":
-            say(f"packed samples: {readers[0].padding_share:.2%} of the places of a training sample are padding")
         if config.full_layer_exchange is not None:
             exchange, reason = config.full_layer_exchange
             say(f"full-attention layers over {layout.cp_size} context ranks: {exchange}, because {reason}")
@@ -55,26 +52,10 @@ def pretrain(config: RunConfig) -> signal.Signals | None:
         if progress.step >= config.training.steps:
             say(f"the run is complete: step {progress.step} of {config.training.steps}. Raise training.steps to train further")
         else:
-            stopped_by = run(config, engine, layout, readers, progress, say)
-    finally:
-        for reader in readers:
-            if reader is not None:
-                reader.close()
+            stopped_by = run(config, engine, layout, data, progress, say)
     if joined_here:
         leave()
     return stopped_by
-
-
-def open_data(config: RunConfig, layout: Layout) -> tuple[BatchReader, BatchReader | None]:
-    """This rank's training and validation batches. Raises `ConfigError` when the token files do not fit the configuration."""
-    place = (layout.dp_rank, layout.dp_size, layout.cp_rank, layout.cp_size)
-    order = open_samples(config.data, "train", vocab_size=config.model.vocab_size)
-    training = BatchReader(order, config, *place)
-    if config.training.validate_every is None:
-        return training, None
-    held_out = open_samples(config.data, "validation", order.end_of_text, config.model.vocab_size)
-    # Evaluations read a few batches from the start each time: reading ahead of the last one would be for nothing.
-    return training, BatchReader(held_out, config, *place, prefetch=False)
 
 
 def start(config: RunConfig, engine: Engine, say: Callable[[str], None]) -> Progress:
@@ -112,7 +93,7 @@ def run(
     config: RunConfig,
     engine: Engine,
     layout: Layout,
-    readers: tuple[BatchReader, BatchReader | None],
+    data: StageData,
     progress: Progress,
     say: Callable[[str], None],
 ) -> signal.Signals | None:
@@ -129,7 +110,7 @@ def run(
         with StallWatch(layout.rank, layout.world_size, config.training.stall_seconds) as watch:
             saver = CheckpointSaver(config.checkpoint_directory, engine, resolved, config.checkpoint, say, watch.moved)
             try:
-                stopped_by = train(config, engine, layout, *readers, progress, reporter, saver, watch)
+                stopped_by = train(config, engine, layout, data, progress, reporter, saver, watch)
             except TrainingError:  # on all ranks together; what is being written is from before
                 saver.wait()
                 raise

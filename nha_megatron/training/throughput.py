@@ -33,5 +33,6 @@ class Throughput:
             measured["mfu"] = rate * self._flops_per_token / self._peak_flops
         return measured
 
-    def seconds_left(self, steps: int) -> float:
-        return steps * median(self._recent)
+    def seconds_left(self, tokens: int) -> float:
+        """For that many tokens, at the present speed."""
+        return tokens / self.tokens_per_step * median(self._recent)

@@ -7,8 +7,6 @@ from tests.config.cases import run
 
 REFUSALS = {
     "deepspeed": ({"training": {"engine": "deepspeed"}}, ["training.engine deepspeed", "use megatron"]),
-    "stages": ({"training": {"stages": [{"tokens": 1000}]}}, ["training.stages", "model.init_from"]),
-    "no stages": ({"training": {"stages": []}}, ["training.stages", "remove it"]),
 }
 
 
