@@ -17,7 +17,6 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.transformer.module import Float16Module
 from torch import Tensor, nn
 
-from nha_megatron.attention.documents import Documents
 from nha_megatron.config import ConfigError
 from nha_megatron.engine.base import StepResult
 from nha_megatron.engine.checkpoint_remedies import (
@@ -27,6 +26,7 @@ from nha_megatron.engine.checkpoint_remedies import (
     pass_step_on,
     separate_steps,
 )
+from nha_megatron.engine.forward import forward_batch
 from nha_megatron.engine.layout import Layout
 from nha_megatron.model.build import build_model
 from nha_megatron.model.initialize import initialize_weights
@@ -177,19 +177,8 @@ class MegatronEngine:
         return loss_sum, int(tokens)
 
     def _forward_step(self, iterator: Iterator[Batch], model: nn.Module) -> tuple[Tensor, Any]:
-        batch = next(iterator)
-        documents = Documents.on(self.device, batch.cu_seqlens) if batch.cu_seqlens is not None else None
-        batch = batch.to(self.device)
-        # Positions are relative to the window, and our layers read no attention mask.
-        output = model(
-            batch.tokens,
-            position_ids=None,
-            attention_mask=None,
-            labels=batch.labels,
-            loss_mask=batch.loss_mask,
-            packed_seq_params=documents,
-        )
-        return output, partial(loss_report, loss_mask=batch.loss_mask)
+        output, loss_mask = forward_batch(model, next(iterator), self.device)
+        return output, partial(loss_report, loss_mask=loss_mask)
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """This rank's parameters under names that do not depend on the layout (layer numbers over the whole model)."""

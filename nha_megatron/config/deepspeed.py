@@ -1,0 +1,155 @@
+"""`training.deepspeed`: what the DeepSpeed engine is told besides what the run's own sections say, and what it cannot do.
+
+Written as DeepSpeed's own JSON, inline in the YAML or as the path of a JSON file (configs/deepspeed/), and kept inline in the resolved
+configuration. Only what distributes the state is said here; batch sizes, precision, optimizer and clipping have their sections.
+"""
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Field, model_validator
+
+from .base import Positive, Section
+
+if TYPE_CHECKING:
+    from .parallel import ParallelConfig
+    from .run import TrainingConfig
+
+
+def _whole(value: object) -> object:
+    # DeepSpeed's files write element counts as 5e8, which JSON and YAML read as a real number.
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+Elements = Annotated[Positive, BeforeValidator(_whole)]
+
+# Keys of DeepSpeed that the run's own sections decide, or that the engine does not do: what to do instead.
+_DECIDED_ELSEWHERE = {
+    "train_batch_size": "training.global_batch_size is the batch",
+    "train_micro_batch_size_per_gpu": "training.micro_batch_size is the micro batch",
+    "gradient_accumulation_steps": "it follows from training.global_batch_size, training.micro_batch_size and the number of ranks",
+    "gradient_clipping": "optimizer.clip_grad is the limit",
+    "optimizer": "section `optimizer` describes AdamW",
+    "scheduler": "section `optimizer` holds the schedule",
+    "bf16": "training.precision chooses it",
+    "bfloat16": "training.precision chooses it",
+    "data_types": "gradients are accumulated and reduced in fp32",
+    "communication_data_type": "gradients are accumulated and reduced in fp32",
+    "activation_checkpointing": "training.recompute chooses it",
+    "tensor_parallel": "parallel.tensor is the size",
+    "sequence_parallel_size": "parallel.context is the size",
+    "pipeline": "the engine has no pipeline; training.engine megatron has",
+    "tensorboard": "section `logging` chooses it",
+    "wandb": "section `logging` chooses it",
+    "fp16": "not supported, because there is no loss scale; use training.precision bf16",
+}
+_NOT_SUPPORTED = {
+    "offload_optimizer": "not supported, because checkpoints take the optimizer's state from the devices; use more ranks, or stage 3",
+    "offload_param": "not supported, because checkpoints take the weights from the devices; use more ranks",
+    "cpu_offload": "not supported, because checkpoints take the optimizer's state from the devices; use more ranks, or stage 3",
+    "zero_hpz_partition_size": "not supported, because checkpoints know one partition of a weight; remove it",
+    "zero_quantized_weights": "not supported, because the loss would no longer equal the Megatron engine's; remove it",
+    "zero_quantized_gradients": "not supported, because the loss would no longer equal the Megatron engine's; remove it",
+}
+
+
+class ZeroConfig(Section):
+    """DeepSpeed's `zero_optimization`. Left out, a size is DeepSpeed's default, and no bucket is larger than the model."""
+
+    stage: Literal[1, 2, 3]
+    """What is sharded over data x context ranks: optimizer state (1), gradients too (2), weights too (3)."""
+    reduce_bucket_size: Elements | None = None
+    """Gradient elements that are reduced at once."""
+    allgather_bucket_size: Elements | None = None
+    """Weight elements that are gathered at once after the update, stages 1 and 2."""
+    contiguous_gradients: bool = True
+    """Copy gradients into one buffer as they are made."""
+    overlap_comm: bool = False
+    """Reduce gradients during the backward."""
+    round_robin_gradients: bool = False
+    """Spread the parameters over the ranks of stages 1 and 2 evenly by turns."""
+    sub_group_size: Elements | None = None
+    """Elements that the optimizer of stage 3 updates at once."""
+    stage3_prefetch_bucket_size: Elements | None = None
+    """Weight elements gathered ahead of the layer that needs them."""
+    stage3_param_persistence_threshold: Annotated[int, BeforeValidator(_whole), Field(ge=0)] | None = None
+    """Weights with fewer elements stay whole on every rank."""
+    stage3_max_live_parameters: Elements | None = None
+    """Weight elements that a rank holds at most before it lets some go."""
+    stage3_max_reuse_distance: Elements | None = None
+    """A weight that is needed again within so many elements is kept."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _supported(cls, data: Any) -> Any:
+        if isinstance(data, Mapping):
+            _refuse(data, _NOT_SUPPORTED)
+        return data
+
+
+class DeepSpeedConfig(Section):
+    """The part of a DeepSpeed configuration that this system takes."""
+
+    zero_optimization: ZeroConfig
+    """What ZeRO shards, and in what pieces it communicates."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _decided_here(cls, data: Any) -> Any:
+        if isinstance(data, Mapping):
+            _refuse(data, _DECIDED_ELSEWHERE)
+        return data
+
+
+def _refuse(data: Mapping[str, Any], reasons: Mapping[str, str]) -> None:
+    problems = [f"{key}: {reasons[key]}" + ("" if "not supported" in reasons[key] else "; remove it") for key in data if key in reasons]
+    if problems:
+        raise ValueError("\n".join(problems))
+
+
+def _read_file(value: object) -> object:
+    """A path becomes the content of the file, so that the resolved configuration needs no other file."""
+    if not isinstance(value, str):
+        return value
+    try:
+        content = json.loads(Path(value).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ValueError(f"{value!r} cannot be read: {error.strerror}; give a JSON file such as configs/deepspeed/zero1.json") from None
+    except ValueError as error:
+        raise ValueError(f"{value!r} is not JSON: {error}") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{value!r} holds no JSON object; it must be like configs/deepspeed/zero1.json")
+    return content
+
+
+DeepSpeedSettings = Annotated[DeepSpeedConfig, BeforeValidator(_read_file)]
+ZERO_1 = DeepSpeedConfig(zero_optimization=ZeroConfig(stage=1))
+
+
+def zero_settings(training: "TrainingConfig") -> ZeroConfig | None:
+    """What ZeRO does in the run: None under the Megatron engine, stage 1 where nothing is said."""
+    if training.engine != "deepspeed":
+        return None
+    return (training.deepspeed or ZERO_1).zero_optimization
+
+
+def engine_without_settings(training: "TrainingConfig") -> Iterator[str]:
+    """Refuses settings of DeepSpeed that the run would not use."""
+    if training.engine != "deepspeed" and training.deepspeed is not None:
+        yield "training.deepspeed is given, but training.engine is megatron; remove it or set training.engine to deepspeed"
+
+
+def no_pipeline(training: "TrainingConfig", parallel: "ParallelConfig") -> Iterator[str]:
+    """Refuses pipeline parallelism under the DeepSpeed engine."""
+    if training.engine == "deepspeed" and parallel.pipeline > 1:
+        yield (
+            f"training.engine deepspeed with parallel.pipeline {parallel.pipeline}; not supported, because the pipeline schedules are "
+            "Megatron's: use training.engine megatron, or parallel.pipeline 1 with ZeRO stage 3 (configs/deepspeed/zero3.json)"
+        )
+
+
+def checks() -> list[Any]:
+    """The checks of this file that need whole sections (see consistency.py)."""
+    return [engine_without_settings, no_pipeline]

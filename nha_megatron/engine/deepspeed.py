@@ -1,0 +1,161 @@
+"""The DeepSpeed engine: ZeRO 1, 2 and 3 over data x context ranks, with Megatron's tensor-parallel layers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from megatron.core.transformer.module import Float16Module
+from torch import Tensor, nn
+
+from nha_megatron.config import ConfigError
+from nha_megatron.engine.base import StepResult
+from nha_megatron.engine.deepspeed_partitions import create_adam_state, write
+from nha_megatron.engine.deepspeed_setup import ModelParallelUnit, deepspeed_config, import_deepspeed
+from nha_megatron.engine.deepspeed_state import ModelSpaceState
+from nha_megatron.engine.forward import forward_batch
+from nha_megatron.engine.layout import Layout
+from nha_megatron.engine.replicated_gradients import ReplicatedGradients
+from nha_megatron.model.build import build_model
+from nha_megatron.model.initialize import initialize_weights
+from nha_megatron.model.parameters import full_shape, shard_of
+
+if TYPE_CHECKING:
+    from nha_megatron.config import RunConfig
+    from nha_megatron.data import Batch
+
+_META = torch.device("meta")
+
+
+class _AdamW(torch.optim.AdamW):
+    """AdamW that lets an update pass by while it is `held`: DeepSpeed measures and clears the gradients, and nothing else changes."""
+
+    held = False
+
+    def step(self, closure: Any = None) -> Any:
+        return None if self.held else super().step(closure)
+
+
+class DeepSpeedEngine:
+    """Trains one model over a `Layout` without pipeline stages. See `nha_megatron.engine.base.Engine` for the methods.
+
+    DeepSpeed averages gradients over the group in which it shards. Each rank's loss is therefore its sum, times the size of the group,
+    divided by the tokens that count in the whole global batch, which are known before the first forward: the average is then the
+    gradient of the mean loss, whatever the layout.
+    """
+
+    def __init__(self, config: RunConfig, device: torch.device, layout: Layout) -> None:
+        assert layout.pp_size == 1, "refused by config/deepspeed.py"
+        self.config = config
+        self.device = device
+        self.layout = layout
+        package = import_deepspeed(device)
+        (model,) = build_model(config, device, layout.groups)
+        initialize_weights([model], config.model, config.training.seed, layout.tp_rank, layout.tp_size)
+        (self._twin,) = build_model(config, _META, layout.groups)
+        self._parameters = dict(model.named_parameters())
+        self._replicated = ReplicatedGradients(model, layout.groups.tp, device)
+        self._fused = device.type == "cuda"
+        elements = sum(parameter.numel() for parameter in self._parameters.values())
+        self._adam = self._make_optimizer()
+        self._engine, *_ = package.initialize(
+            model=Float16Module(model.config, model) if config.training.precision == "bf16" else model,
+            optimizer=self._adam,
+            config=deepspeed_config(config, elements),
+            mpu=ModelParallelUnit(layout),
+            dist_init_required=False,
+        )
+        self.model_chunks: list[nn.Module] = [self._engine.module]
+        self.optimizer = self._engine.optimizer
+        create_adam_state(self.optimizer, self._fused)
+        self._state = ModelSpaceState(self._parameters, self._twin, self.optimizer, layout.groups.dp_cp)
+
+    def _make_optimizer(self) -> _AdamW:
+        settings = self.config.optimizer
+        decayed = [parameter for parameter in self._parameters.values() if not _without_decay(parameter)]
+        others = [parameter for parameter in self._parameters.values() if _without_decay(parameter)]
+        groups = [{"params": decayed, "weight_decay": settings.weight_decay}, {"params": others, "weight_decay": 0.0}]
+        return _AdamW(groups, lr=settings.lr, betas=settings.betas, eps=settings.eps, fused=self._fused)
+
+    def begin_stage(self, config: RunConfig) -> None:
+        """Batch sizes and sequence length are those of the batches: nothing is built anew."""
+        self.config = config
+
+    def train_step(self, batches: Sequence[Batch], lr: float, max_loss: float = math.inf) -> StepResult:
+        """One update over this rank's micro batches of a global batch; not applied when it is not finite, or the loss above `max_loss`."""
+        tokens = self._count(batches)
+        if tokens == 0:
+            raise ConfigError("the global batch has no token that counts: every label is masked. Check the data and its loss masks.")
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        loss_sum = self._accumulate_gradients(batches, tokens)
+        # Every term is the same number on every rank, so all ranks decide alike. The comparison is false for NaN.
+        faulty = self._replicated.take_faulty()
+        self._adam.held = faulty or not (math.isfinite(loss_sum) and loss_sum / tokens <= max_loss)
+        self._engine.step()
+        finite = self._engine.was_step_applied() and not faulty
+        return StepResult(
+            loss=loss_sum / tokens,
+            tokens=tokens,
+            grad_norm=float(self._engine.get_global_grad_norm()) if finite else math.nan,
+            skipped=self._adam.held or not finite,
+        )
+
+    def _count(self, batches: Sequence[Batch]) -> int:
+        count = torch.stack([batch.loss_mask.sum(dtype=torch.float64) for batch in batches]).sum().to(self.device)
+        dist.all_reduce(count, group=self.layout.groups.dp_cp)
+        return int(count.item())
+
+    def _accumulate_gradients(self, batches: Sequence[Batch], tokens: int) -> float:
+        """Backward of every micro batch; returns the loss sum of the global batch."""
+        self._engine.train()
+        scale = self.layout.groups.dp_cp.size() / tokens
+        total = torch.zeros((), dtype=torch.float64, device=self.device)
+        for index, batch in enumerate(batches):
+            self._engine.set_gradient_accumulation_boundary(index == len(batches) - 1)
+            loss, _ = forward_batch(self._engine, batch, self.device)
+            self._engine.backward(loss * scale, scale_wrt_gas=False)
+            total += loss.detach()
+        dist.all_reduce(total, group=self.layout.groups.dp_cp)
+        return total.item()
+
+    @torch.no_grad()
+    def evaluate(self, batches: Sequence[Batch]) -> tuple[float, int]:
+        """(loss sum, counted tokens) over all ranks' micro batches."""
+        self._engine.eval()
+        total = torch.zeros((), dtype=torch.float64, device=self.device)
+        for batch in batches:
+            total += forward_batch(self._engine, batch, self.device)[0]
+        dist.all_reduce(total, group=self.layout.groups.dp_cp)
+        return total.item(), self._count(batches)
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """This rank's parameters under names that do not depend on the layout. Under stage 3 those of other ranks are empty."""
+        return iter(self._parameters.items())
+
+    def load_weights(self, weights: Mapping[str, Tensor]) -> None:
+        """Takes full tensors by layout-independent name. Raises ConfigError if a tensor is missing or has another shape."""
+        for name, twin in self._twin.named_parameters():
+            if name not in weights:
+                raise ConfigError(f"the weights to start from have no tensor {name!r}; they belong to another model shape")
+            shape = full_shape(twin, self.layout.tp_size)
+            if tuple(weights[name].shape) != shape:
+                raise ConfigError(f"tensor {name!r} to start from is {tuple(weights[name].shape)}, the configuration makes it {shape}")
+            parameter = self._parameters[name]
+            shard = shard_of(weights[name], twin, self.layout.tp_rank, self.layout.tp_size)
+            write(parameter, "param", shard.to(parameter.dtype))
+
+    def sharded_state_dict(self, is_loading: bool) -> dict[str, Any]:
+        """`model0` and `optimizer`, for `dist_checkpointing.save` or `load`, as the Megatron engine names them."""
+        return self._state.to_load() if is_loading else self._state.to_save()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continues from a loaded checkpoint, whatever layout and engine wrote it."""
+        self._state.take(state)
+
+
+def _without_decay(parameter: nn.Parameter) -> bool:
+    return parameter.dim() == 1 or parameter.no_weight_decay

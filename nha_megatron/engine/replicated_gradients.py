@@ -1,0 +1,48 @@
+"""Gradients of parameters that all tensor ranks hold, for an engine that cuts gradients up as soon as they are made.
+
+Megatron's own engine does both when all gradients are there: it sums those of norms under sequence parallelism, and its norm counts
+a replicated parameter once.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+
+class ReplicatedGradients:
+    """Hooks on the replicated parameters of `model`; none with one tensor rank.
+
+    - Under sequence parallelism a norm sees other tokens on every tensor rank: its gradient becomes their sum, in fp32, in every backward.
+    - One that is not finite on any rank is remembered: only the first tensor rank's copy is counted in a gradient norm, and a faulty
+      device would otherwise update its copy with NaN, unseen.
+    """
+
+    def __init__(self, model: nn.Module, group: dist.ProcessGroup, device: torch.device) -> None:
+        self._group = group
+        self._faulty = torch.zeros((), device=device)
+        if group.size() == 1:
+            return
+        for parameter in model.parameters():
+            if getattr(parameter, "sequence_parallel", False):
+                parameter.register_hook(self._sum)
+            if not getattr(parameter, "tensor_model_parallel", False):
+                parameter.register_hook(self._look)
+
+    def take_faulty(self) -> bool:
+        """Whether any rank has seen a gradient that is not finite since the last call. Collective over all ranks."""
+        if self._group.size() == 1:
+            return False
+        dist.all_reduce(self._faulty)
+        faulty = self._faulty.item() > 0
+        self._faulty.zero_()
+        return faulty
+
+    def _sum(self, gradient: Tensor) -> Tensor:
+        total = gradient.to(torch.float32, copy=True)
+        dist.all_reduce(total, group=self._group)
+        return total.to(gradient.dtype)
+
+    def _look(self, gradient: Tensor) -> None:
+        self._faulty += gradient.isfinite().logical_not().any()

@@ -1,0 +1,69 @@
+"""What the ranks run in the tests of the DeepSpeed engine."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from nha_megatron.config import RunConfig
+from nha_megatron.engine.base import Engine
+from nha_megatron.engine.create import create_engine
+from nha_megatron.engine.deepspeed import DeepSpeedEngine
+from nha_megatron.engine.deepspeed_setup import import_deepspeed
+from nha_megatron.engine.device import choose_device
+from nha_megatron.engine.layout import create_layout
+from nha_megatron.model.parameters import full_from_shards
+from tests.engine.programs import CPU, micro_batches
+
+
+def zero(stage: int, **settings: Any) -> dict[str, Any]:
+    """Section `training` of a run with ZeRO `stage`. Small buckets, so that there are several."""
+    sizes = {"reduce_bucket_size": 20000, "allgather_bucket_size": 20000}
+    if stage == 3:
+        # Some weights stay whole on every rank, and the optimizer has several groups.
+        sizes = {"reduce_bucket_size": 20000, "sub_group_size": 30000, "stage3_param_persistence_threshold": 100}
+    return {"engine": "deepspeed", "deepspeed": {"zero_optimization": {"stage": stage, **sizes, **settings}}}
+
+
+def make_engine(config: RunConfig) -> Engine:
+    """As in a process of its own: ZeRO 3 numbers modules and weights over the life of a process, and checks that all ranks agree."""
+    import_deepspeed(CPU)  # before the imports below: for this accelerator
+    from deepspeed.runtime.zero.parameter_offload import DeepSpeedZeRoOffload
+    from deepspeed.runtime.zero.partition_parameters import Init
+
+    DeepSpeedZeRoOffload._register_deepspeed_module.__defaults__[0][0] = 0
+    Init.param_id = 0
+    device = choose_device(config.training.device)
+    return create_engine(config, device, create_layout(config, device))
+
+
+def train(config: RunConfig, steps: int = 5, **batch_options: Any) -> dict[str, Any]:
+    """Initial weights, `steps` updates and a validation, whichever the engine."""
+    engine = make_engine(config)
+    assert isinstance(engine, DeepSpeedEngine)
+    weights = full_weights(engine)
+    results = [engine.train_step(micro_batches(config, engine.layout, step, **batch_options), config.optimizer.lr) for step in range(steps)]
+    return {
+        "losses": [result.loss for result in results],
+        "grad_norms": [result.grad_norm for result in results],
+        "tokens": [result.tokens for result in results],
+        "validation": engine.evaluate(micro_batches(config, engine.layout, 99, **batch_options)),
+        "weights": weights,
+        "trained": full_weights(engine),
+    }
+
+
+def full_weights(engine: DeepSpeedEngine) -> dict[str, torch.Tensor]:
+    """The fp32 weights, joined over data, context and tensor ranks. Collective; the same on all ranks."""
+    from nha_megatron.engine.deepspeed_partitions import read
+
+    twins = dict(engine._twin.named_parameters())
+    full = {}
+    for name, parameter in engine.named_parameters():
+        shard = read(parameter, "param")
+        shards = [torch.empty_like(shard) for _ in range(engine.layout.tp_size)]
+        dist.all_gather(shards, shard.contiguous(), group=engine.layout.groups.tp)
+        full[name] = full_from_shards(shards, twins[name]).clone()
+    return full
