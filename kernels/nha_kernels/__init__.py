@@ -3,7 +3,7 @@
 import importlib.util
 
 from .conventions import LOG_GATE_MIN, clamp_log_gates
-from .decode import decode_memory, nha_decode_step
+from .decode import DecodeMemory, decode_memory, explain_decode_dispatch, nha_decode_step
 from .memory import Memory
 from .operator import Implementation, attention_statistics, nha_attention, register_backend
 from .slot_summary import slot_summary
@@ -11,10 +11,12 @@ from .triton.dispatch import explain_dispatch, refusal
 
 __all__ = [
     "LOG_GATE_MIN",
+    "DecodeMemory",
     "Memory",
     "attention_statistics",
     "clamp_log_gates",
     "decode_memory",
+    "explain_decode_dispatch",
     "explain_dispatch",
     "nha_attention",
     "nha_decode_step",

@@ -7,12 +7,35 @@ from torch import Tensor
 
 from .conventions import EmptySlots
 from .memory import Memory
-from .operator import nha_attention
+from .operator import check_arguments, nha_attention
+from .triton.decode_dispatch import refusal_of_decode
 
 _MOST_TOKENS = 8
 
 
-def decode_memory(memory: Memory) -> Memory:
+@dataclasses.dataclass(frozen=True)
+class DecodeMemory(Memory):
+    """A memory with W window rows for every sequence, used as a ring: a step overwrites the oldest rows instead of moving all of them.
+
+        row      0 ... window_start - 1 | window_start ... W - 1
+        holds    newer tokens           | older tokens, or nothing yet
+
+    Attributes:
+        window_start: [B] int64, row of the oldest place, which the next token takes. 0: the newest token is the last row, as in a `Memory`.
+    """
+
+    window_start: Tensor
+
+    def aligned(self) -> Memory:
+        rows = self.window_keys.shape[1]
+        index = torch.arange(rows, device=self.window_start.device)
+        row = ((self.window_start[:, None] + index) % max(1, rows))[:, :, None, None]
+        tensors = {field.name: getattr(self, field.name) for field in dataclasses.fields(Memory)}
+        windows = {name: torch.take_along_dim(x, row, dim=1) for name, x in tensors.items() if name.startswith("window_")}
+        return Memory(**{**tensors, **windows})
+
+
+def decode_memory(memory: Memory) -> DecodeMemory:
     """A copy whose window has room for W rows in every sequence, so that its shapes never change while decoding.
 
     Raises:
@@ -21,13 +44,14 @@ def decode_memory(memory: Memory) -> Memory:
     if memory.window is None:
         raise ValueError("window=None (full attention) has no memory of fixed size: decode with a growing memory through nha_attention")
     missing = memory.window - memory.window_keys.shape[1]
-    copy = memory.detach().map(torch.clone)
+    copy = memory.aligned().detach().map(lambda x: x.clone(memory_format=torch.contiguous_format))
 
     def padded(rows: Tensor) -> Tensor:
         return torch.cat([rows.new_zeros(rows.shape[0], missing, *rows.shape[2:]), rows], dim=1)
 
-    windows = {field.name: padded(getattr(copy, field.name)) for field in dataclasses.fields(copy) if field.name.startswith("window_")}
-    return dataclasses.replace(copy, **windows)
+    fields = {field.name: getattr(copy, field.name) for field in dataclasses.fields(Memory)}
+    windows = {name: padded(x) for name, x in fields.items() if name.startswith("window_")}
+    return DecodeMemory(**{**fields, **windows}, window_start=torch.zeros_like(copy.length))
 
 
 @torch.no_grad()
@@ -47,17 +71,19 @@ def nha_decode_step(
     """Attend from T new tokens of every sequence, and update `memory` in place.
 
     Sequences of the batch may have different lengths. Nothing waits for the device and no shape depends on a length, so a step can be
-    captured in a CUDA graph.
+    captured in a CUDA graph. The result of a sequence does not depend on the others of its batch.
 
     Args:
         q, k, v, g: [B, T, ...] as `nha_attention` takes them, T from 1 to 8.
-        memory: from `decode_memory`.
+        memory: from `decode_memory`. A `Memory` whose window has W rows serves too, but all of them move at every step.
+        backend: `auto` takes the fused kernels where they serve the call (`explain_decode_dispatch` says why not), else `nha_attention`;
+            otherwise a backend of `nha_attention`, with `triton` the fused kernels or an error.
 
     Returns:
         Output [B, T, HQ, V].
 
     Raises:
-        ValueError: more than 8 tokens, or a memory without room for its window.
+        ValueError: more than 8 tokens, a memory without room for its window, or what `nha_attention` refuses.
     """
     if not 1 <= q.shape[1] <= _MOST_TOKENS:
         raise ValueError(f"a decode step takes 1 to {_MOST_TOKENS} tokens, given {q.shape[1]}: use nha_attention for more")
@@ -65,6 +91,13 @@ def nha_decode_step(
         raise ValueError(
             f"the memory holds {memory.window_keys.shape[1]} rows of a window of {memory.window}: pass it through decode_memory"
         )
+    if backend in ("auto", "triton"):
+        check_arguments(q, k, v, g, memory.window, rope, empty_slots, None, memory)
+        reason = _refusal(q, k, v, g, memory)
+        if reason is None:
+            return _fused_step(q, k, v, g, memory, rope, rope_attention_factor, scale, empty_slots)
+        if backend == "triton":
+            raise ValueError(f"backend='triton' does not serve this decode step: {reason}. Use backend='auto'")
     out, new = nha_attention(
         q,
         k,
@@ -82,4 +115,53 @@ def nha_decode_step(
     for field in dataclasses.fields(Memory):
         if field.name != "window":
             getattr(memory, field.name).copy_(getattr(new, field.name))
+    if isinstance(memory, DecodeMemory):
+        memory.window_start.zero_()
     return out
+
+
+def explain_decode_dispatch(q: Tensor, k: Tensor, v: Tensor, g: Tensor, memory: Memory) -> str:
+    """What `nha_decode_step(q, k, v, g, memory, backend="auto")` runs, and why: one line."""
+    reason = _refusal(q, k, v, g, memory)
+    return "triton: fused decode kernels" if reason is None else f"nha_attention: {reason}"
+
+
+def _refusal(q: Tensor, k: Tensor, v: Tensor, g: Tensor, memory: Memory) -> str | None:
+    if not isinstance(memory, DecodeMemory):
+        return "the memory is not from decode_memory, so its window is no ring"
+    tensors = [getattr(memory, field.name) for field in dataclasses.fields(memory) if field.name != "window"]
+    if not all(x.is_contiguous() for x in tensors):
+        return "a tensor of the memory is not contiguous"
+    if memory.window_keys.dtype != q.dtype or memory.window_values.dtype != q.dtype:
+        return f"the memory's window is {memory.window_keys.dtype}, the new tokens are {q.dtype}"
+    return refusal_of_decode(q, k, v, g)
+
+
+def _fused_step(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    memory: Memory,
+    rope: Tensor | None,
+    rope_attention_factor: float,
+    scale: float | None,
+    empty_slots: EmptySlots,
+) -> Tensor:
+    from .triton.decode_step import decode_step
+
+    assert isinstance(memory, DecodeMemory)
+    return decode_step(
+        q,
+        k,
+        v,
+        g,
+        (memory.slot_keys, memory.slot_values, memory.slot_log_decay),
+        (memory.window_keys, memory.window_values, memory.window_log_gates),
+        memory.length,
+        memory.window_start,
+        rope=rope,
+        rope_attention_factor=rope_attention_factor,
+        scale=q.shape[-1] ** -0.5 if scale is None else scale,
+        empty_slots=empty_slots,
+    )

@@ -68,7 +68,11 @@ class Memory:
     def map(self, function: Callable[[Tensor], Tensor]) -> Memory:
         """A memory with `function` applied to every tensor; each has the batch as its first axis."""
         fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        return Memory(**{name: function(value) if isinstance(value, Tensor) else value for name, value in fields.items()})
+        return dataclasses.replace(self, **{name: function(value) for name, value in fields.items() if isinstance(value, Tensor)})
+
+    def aligned(self) -> Memory:
+        """This memory with the newest token in the last row of the window, as `nha_attention` reads it."""
+        return self
 
     def detach(self) -> Memory:
         return self.map(Tensor.detach)

@@ -127,8 +127,9 @@ def nha_attention(
     Raises:
         ValueError: shapes, dtypes or options that do not fit, with what was given and what is allowed.
     """
-    _check(q, k, v, g, window, rope, empty_slots, cu_seqlens, memory)
+    check_arguments(q, k, v, g, window, rope, empty_slots, cu_seqlens, memory)
     chosen = _choose_backend(backend, q, k, v, g, window)
+    memory = None if memory is None else memory.aligned()
     if not chosen.handles_gates:
         g = clamp_log_gates(g)
     if q.shape[1] == 0:
@@ -173,7 +174,8 @@ def attention_statistics(
     Returns:
         slot_share: mean probability that the softmax gives to the slots; mean_decay: mean of exp(g); write_strength: mean of 1 - exp(g).
     """
-    _check(q, k, v, g, window, rope, empty_slots, cu_seqlens, memory)
+    check_arguments(q, k, v, g, window, rope, empty_slots, cu_seqlens, memory)
+    memory = None if memory is None else memory.aligned()
     g = clamp_log_gates(g)
     slots, tokens = log_sum_exps(
         q,
@@ -227,7 +229,7 @@ def _empty_memory_like(q: Tensor, k: Tensor, v: Tensor, g: Tensor, window: int |
     return Memory.empty(k.shape[0], k.shape[2], g.shape[-1], k.shape[-1], v.shape[-1], window, dtype=q.dtype, device=q.device)
 
 
-def _check(
+def check_arguments(
     q: Tensor,
     k: Tensor,
     v: Tensor,

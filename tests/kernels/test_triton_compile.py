@@ -5,7 +5,7 @@ import torch
 
 pytest.importorskip("triton", reason="triton is not installed: the kernels are not compiled here")
 
-from tests.kernels.triton_launches import recorded, stack_bytes
+from tests.kernels.triton_launches import Launch, recorded, stack_bytes
 
 SHARED_BYTES = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # what one program may take
 STACK_BYTES = 1024  # a few dozen spilled registers; ten times as much was seen where a tile was too large, and it was slow
@@ -36,7 +36,36 @@ def test_kernels_compile(capability: int) -> None:
     kernels = {launch.kernel.__name__: launch for launch in launches}
     assert {"scan_segments", "attention_forward", "slot_backward_reads", "compose_state_gradients"} <= set(kernels)
     assert {"slot_backward_writes", "window_backward_queries", "window_backward_keys", "fill_table"} <= set(kernels)
-    for name, launch in kernels.items():
+    assert_compile(launches, capability)
+
+
+@pytest.mark.parametrize("capability", SHARED_BYTES)
+def test_decode_kernels_compile(capability: int) -> None:
+    from nha_kernels.triton.decode_step import decode_step
+
+    def zeros(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        return torch.zeros(2, *shape, dtype=dtype)
+
+    heads, slots, window, dim, bf16 = 2, 64, 64, 128, torch.bfloat16
+    with recorded() as launches:
+        decode_step(
+            *(zeros(1, count, dim, dtype=bf16) for count in (4 * heads, heads, heads)),
+            zeros(1, heads, slots),
+            (zeros(heads, slots, dim), zeros(heads, slots, dim), zeros(heads, slots)),
+            (zeros(window, heads, dim, dtype=bf16), zeros(window, heads, dim, dtype=bf16), zeros(window, heads, slots)),
+            zeros(dtype=torch.int64),
+            zeros(dtype=torch.int64),
+            rope=torch.ones(dim // 2, dtype=torch.float64),
+            rope_attention_factor=1.0,
+            scale=dim**-0.5,
+            empty_slots="weight",
+        )
+    assert [launch.kernel.__name__ for launch in launches] == ["attend_pieces", "merge_pieces"]
+    assert_compile(launches, capability)
+
+
+def assert_compile(launches: list[Launch], capability: int) -> None:
+    for name, launch in {launch.kernel.__name__: launch for launch in launches}.items():
         compiled = launch.compile(capability)
         assert compiled.metadata.shared <= SHARED_BYTES[capability], name
         assert stack_bytes(compiled) <= STACK_BYTES, name

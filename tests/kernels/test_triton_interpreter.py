@@ -1,4 +1,4 @@
-"""Kernel arithmetic on the CPU. The cases, and what they compare, are in triton_interpreter_cases.py."""
+"""Kernel arithmetic on the CPU. The cases, and what they compare, are in the files named here."""
 
 import os
 import pathlib
@@ -10,8 +10,9 @@ import pytest
 pytest.importorskip("triton", reason="triton is not installed: the kernels' arithmetic is not tested here")
 
 
-def test_kernels_equal_the_torch_backend() -> None:
-    cases = pathlib.Path(__file__).with_name("triton_interpreter_cases.py")
+@pytest.mark.parametrize("file", ["triton_interpreter_cases.py", "triton_decode_cases.py"])
+def test_kernels_equal_plain_pytorch(file: str) -> None:
+    cases = pathlib.Path(__file__).with_name(file)
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-W", "ignore", str(cases)]
     done = subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True, timeout=900, check=False)
     assert done.returncode == 0, done.stdout[-4000:]
