@@ -4,6 +4,7 @@ from pathlib import Path
 
 from .errors import ConfigError, problems_message
 from .run import RunConfig
+from .stage_plan import plan_stages
 
 TOKEN_FILE_SUFFIXES = (".bin", ".idx", ".json")
 
@@ -12,13 +13,16 @@ def missing_inputs(config: RunConfig) -> list[str]:
     """One message for each file or directory that the configuration names and that is not there."""
     missing = []
     blends = {"data.path": config.data.training_blend, "data.validation": config.data.validation_blend}
+    for index, (entry, stage) in enumerate(zip(config.training.stages or [], plan_stages(config)[1:], strict=True)):
+        if entry.path is not None:
+            blends[f"training.stages.{index}.path"] = stage.config.data.training_blend
     for key, blend in blends.items():
         for entry in blend:
             absent = [suffix for suffix in TOKEN_FILE_SUFFIXES if not Path(entry.path + suffix).is_file()]
             if absent:
                 missing.append(
                     f"{key} {entry.path!r}: no file {', '.join(entry.path + suffix for suffix in absent)}; "
-                    f"make it with tools/prepare_data.py, or override {key}"
+                    f"make it with tools/prepare_data.py, or {'correct' if 'stages' in key else 'override'} {key}"
                 )
     directories = {"data.tokenizer": config.data.tokenizer, "model.init_from": config.model.init_from}
     for key, directory in directories.items():

@@ -6,6 +6,7 @@ from .inputs import missing_inputs
 from .load import dump_config
 from .memory import RankMemory, estimate_memory
 from .run import RunConfig
+from .stage_plan import Stage, plan_stages
 from .windows import describe_windows
 
 
@@ -15,36 +16,53 @@ def check_report(config: RunConfig, world_size: int | None = None) -> str:
     Without a world size the smallest world that fits is described. Raises `ConfigError` when the world does not fit.
     """
     world = config.parallel.model_ranks if world_size is None else world_size
+    stages = plan_stages(config)
     facts = {
-        "model": _model_lines(config),
+        "model": _model_lines(config, stages),
         f"layout of {world} ranks" + ("" if world_size else ", the fewest"): _layout_lines(config, world),
-        "memory of the fullest rank, estimated": _memory_lines(estimate_memory(config, world)),
-        "not found (needed before pretrain)": missing_inputs(config),
     }
+    for stage in stages:
+        name = f"stage {stage.number} of {len(stages)}: " if len(stages) > 1 else ""
+        facts |= {
+            f"{name}batches and messages": _stage_lines(stage, world),
+            f"{name}memory of the fullest rank, estimated": _memory_lines(estimate_memory(stage.config, world)),
+        }
+    facts["not found (needed before pretrain)"] = missing_inputs(config)
     comments = [line for title, lines in facts.items() if lines for line in ("#", f"# {title}", *(f"#   {line}" for line in lines))]
     return dump_config(config) + "\n".join(comments)
 
 
-def _model_lines(config: RunConfig) -> list[str]:
-    model, length = config.model, config.data.sequence_length
+def _model_lines(config: RunConfig, stages: tuple[Stage, ...]) -> list[str]:
+    model = config.model
     lines = [
         f"parameters: {model.num_parameters():,}, without embeddings {model.num_parameters(embeddings=False):,}",
         f"window of the layers: {describe_windows(model.windows)}",
         f"vocabulary: {model.vocab_size:,} tokens, padded to {model.padded_vocab_size:,}",
-        f"FLOPs a token, forward and backward: {model.flops_per_token(length):.4g} at length {length:,}",
-        f"state of one sequence of {length:,} tokens, bf16: {_size(model.state_bytes(length))}",
     ]
+    for length in dict.fromkeys(stage.config.data.sequence_length for stage in stages):
+        lines += [
+            f"FLOPs a token, forward and backward: {model.flops_per_token(length):.4g} at length {length:,}",
+            f"state of one sequence of {length:,} tokens, bf16: {_size(model.state_bytes(length))}",
+        ]
     return lines
 
 
 def _layout_lines(config: RunConfig, world: int) -> list[str]:
+    parallel, data = config.parallel, config.check_world(world)
+    return [
+        f"tensor {parallel.tensor} x context {parallel.context} x data {data} x pipeline {parallel.pipeline}; tensor ranks are neighbours"
+    ]
+
+
+def _stage_lines(stage: Stage, world: int) -> list[str]:
+    config = stage.config
     parallel, training, length = config.parallel, config.training, config.data.sequence_length
-    data = config.check_world(world)
-    micro, tokens = config.micro_batches(world), training.global_batch_size * length
     lines = [
-        f"tensor {parallel.tensor} x context {parallel.context} x data {data} x pipeline {parallel.pipeline}; tensor ranks are neighbours",
-        f"micro batches a rank and step: {micro} of {training.micro_batch_size} x {length // parallel.context:,} tokens",
-        f"tokens: {tokens:,} a step, {tokens * training.steps:,} in {training.steps:,} steps",
+        f"steps {stage.steps_before + 1:,} to {stage.last_step:,}, tokens {stage.tokens_before:,} to {stage.tokens_after:,}",
+        f"micro batches a rank and step: {config.micro_batches(world)} of {training.micro_batch_size} x "
+        f"{length // parallel.context:,} tokens",
+        f"tokens: {stage.tokens_per_step:,} a step, {stage.tokens_after - stage.tokens_before:,} in {stage.steps:,} steps",
+        _schedule_line(stage),
     ]
     if parallel.context > 1:
         sizes: dict[str, int] = {
@@ -63,6 +81,14 @@ def _layout_lines(config: RunConfig, world: int) -> list[str]:
                 f"context parallelism of `full` layers: {exchange}, because {reason}; a rank sends {amount} a layer and micro batch"
             )
     return lines
+
+
+def _schedule_line(stage: Stage) -> str:
+    optimizer, steps = stage.config.optimizer, stage.config.training.steps
+    parts = [f"learning rate: {optimizer.schedule} up to {optimizer.lr:g}", f"warm-up of {optimizer.warmup_steps:,} steps"]
+    if optimizer.decay_steps is not None:
+        parts.append(f"decay of {optimizer.decay_steps:,}")
+    return ", ".join(parts) + f", over steps {stage.schedule_begins + 1:,} to {stage.schedule_begins + steps:,}"
 
 
 def _memory_lines(memory: RankMemory) -> list[str]:

@@ -10,6 +10,7 @@ from tokenizers import Tokenizer
 
 from nha_megatron.checkpoint import load_weights_full, read_manifest, resolve
 from nha_megatron.config import ConfigError, parse_config
+from nha_megatron.config.stage_plan import stage_at
 from nha_megatron.data.tokenizer import load_tokenizer
 from nha_megatron.hf.configs import to_hf_config
 from nha_megatron.hf.directory import MAX_SHARD_BYTES, require_writable, write_directory
@@ -45,12 +46,14 @@ def export_to_hf(
     out = Path(out)
     require_writable(out, overwrite)
     directory = resolve(checkpoint)
-    config = parse_config(read_manifest(directory).config, source=f"the configuration in checkpoint {directory}")
+    manifest = read_manifest(directory)
+    config = parse_config(manifest.config, source=f"the configuration in checkpoint {directory}")
     source = tokenizer if tokenizer is not None else config.data.tokenizer
     tokenizer_directory = Path(source) if with_tokenizer and source is not None else None
     tokens = {} if tokenizer_directory is None else special_tokens(tokenizer_directory, config.model.vocab_size)
     written = DTYPES[dtype or config.training.precision]
-    hf_config = to_hf_config(config.model, sequence_length=config.data.sequence_length, dtype=written, tokens=tokens)
+    stage = stage_at(config, manifest.step)  # a run in stages: the length that it has come to
+    hf_config = to_hf_config(config.model, sequence_length=stage.config.data.sequence_length, dtype=written, tokens=tokens)
     weights = to_hf(load_weights_full(directory), config.model)
     write_directory(
         out, hf_config, weights, dtype=written, tokenizer=tokenizer_directory, overwrite=overwrite, max_shard_bytes=max_shard_bytes

@@ -1,12 +1,15 @@
 """Stages: when they begin, what holds in each, and which are refused. No ranks, no data."""
 
+import re
 from typing import Any
 
 import pytest
+import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nha_megatron.config import ConfigError
+from nha_megatron.config import ConfigError, parse_config
+from nha_megatron.config.report import check_report
 from nha_megatron.config.stage_plan import plan_stages, stage_at
 from nha_megatron.config.stages import begun_stages, first_steps
 from tests.config.cases import run
@@ -174,6 +177,18 @@ def test_every_stage_must_fit_the_world() -> None:
         ConfigError, match=r"training.stages.0: training.global_batch_size 4 is not a multiple of .* data-parallel size 4 = 8"
     ):
         config.check_world(4)
+
+
+def test_check_describes_every_stage_and_looks_for_its_files() -> None:
+    long = {"from_tokens": 4 * STEP, "sequence_length": 256, "path": "data/long", "optimizer": {"lr": 1e-4, "warmup_steps": 2}}
+    report = check_report(staged(long, model={"window": "16*3,full"}), 2)
+    assert "# stage 2 of 2: batches and messages\n#   steps 5 to 10, tokens 4,096 to 16,384\n" in report
+    assert "learning rate: cosine up to 0.0001, warm-up of 2 steps, over steps 5 to 10" in report
+    assert "at length 128" in report and "at length 256" in report
+    memory = re.findall(r"# stage (\d) of 2: memory of the fullest rank, estimated\n#   ([0-9.]+) MiB", report)
+    assert [number for number, _ in memory] == ["1", "2"] and float(memory[1][1]) > float(memory[0][1])
+    assert "training.stages.0.path 'data/long': no file data/long.bin" in report
+    assert parse_config(yaml.safe_load(report)) == staged(long, model={"window": "16*3,full"})
 
 
 def begun(config: Any, step: int) -> list[dict[str, Any]]:
