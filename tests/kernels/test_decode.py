@@ -54,7 +54,7 @@ def turned(memory: DecodeMemory, places: torch.Tensor) -> DecodeMemory:
     windows = {
         name: torch.take_along_dim(getattr(memory, name), source, 1) for name in ("window_keys", "window_values", "window_log_gates")
     }
-    return dataclasses.replace(memory, **windows, window_start=places)
+    return dataclasses.replace(memory, **windows, window_start=places).map(torch.clone)
 
 
 def test_a_turned_ring_is_the_same_memory() -> None:
