@@ -8,6 +8,8 @@ import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from .deepspeed import settings_without_engine
+
 if TYPE_CHECKING:
     from .data import DataConfig
     from .model import ModelConfig
@@ -30,7 +32,17 @@ def run_checks(checks: Sequence[Check], sections: Mapping[str, Any]) -> list[str
 def problems(sections: Mapping[str, Any]) -> list[str]:
     """Everything that does not fit together among the valid sections."""
     return run_checks(
-        [_tensor_sizes, _sequence_sizes, _full_layer_heads, _pipeline_sizes, _batch_sizes, _batch_tokens, _schedule_sizes, _validation],
+        [
+            _tensor_sizes,
+            _sequence_sizes,
+            _full_layer_heads,
+            _pipeline_sizes,
+            _batch_sizes,
+            _batch_tokens,
+            _schedule_sizes,
+            _validation,
+            settings_without_engine,
+        ],
         sections,
     )
 

@@ -135,7 +135,7 @@ def zero_settings(training: "TrainingConfig") -> ZeroConfig | None:
     return (training.deepspeed or ZERO_1).zero_optimization
 
 
-def engine_without_settings(training: "TrainingConfig") -> Iterator[str]:
+def settings_without_engine(training: "TrainingConfig") -> Iterator[str]:
     """Refuses settings of DeepSpeed that the run would not use."""
     if training.engine != "deepspeed" and training.deepspeed is not None:
         yield "training.deepspeed is given, but training.engine is megatron; remove it or set training.engine to deepspeed"
@@ -145,11 +145,6 @@ def no_pipeline(training: "TrainingConfig", parallel: "ParallelConfig") -> Itera
     """Refuses pipeline parallelism under the DeepSpeed engine."""
     if training.engine == "deepspeed" and parallel.pipeline > 1:
         yield (
-            f"training.engine deepspeed with parallel.pipeline {parallel.pipeline}; not supported, because the pipeline schedules are "
-            "Megatron's: use training.engine megatron, or parallel.pipeline 1 with ZeRO stage 3 (configs/deepspeed/zero3.json)"
+            f"training.engine deepspeed with parallel.pipeline {parallel.pipeline}; not supported yet, because the "
+            "pipeline schedules are Megatron's: use training.engine megatron, or parallel.pipeline 1 with ZeRO stage 3"
         )
-
-
-def checks() -> list[Any]:
-    """The checks of this file that need whole sections (see consistency.py)."""
-    return [engine_without_settings, no_pipeline]

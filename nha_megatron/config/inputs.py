@@ -1,5 +1,6 @@
 """The files a run reads. A configuration is valid without them; a run is not."""
 
+from importlib.util import find_spec
 from pathlib import Path
 
 from .errors import ConfigError, problems_message
@@ -13,8 +14,8 @@ def missing_inputs(config: RunConfig) -> list[str]:
     """One message for each file or directory that the configuration names and that is not there."""
     missing = []
     blends = {"data.path": config.data.training_blend, "data.validation": config.data.validation_blend}
-    for index, (entry, stage) in enumerate(zip(config.training.stages or [], plan_stages(config)[1:], strict=True)):
-        if entry.path is not None:
+    for index, (change, stage) in enumerate(zip(config.training.stages or [], plan_stages(config)[1:], strict=True)):
+        if change.path is not None:
             blends[f"training.stages.{index}.path"] = stage.config.data.training_blend
     for key, blend in blends.items():
         for entry in blend:
@@ -28,6 +29,11 @@ def missing_inputs(config: RunConfig) -> list[str]:
     for key, directory in directories.items():
         if directory is not None and not Path(directory).is_dir():
             missing.append(f"{key} {directory!r}: no such directory; correct the path, or override {key}")
+    if config.training.engine == "deepspeed" and find_spec("deepspeed") is None:
+        missing.append(
+            "training.engine deepspeed: the package deepspeed is not installed; pip install 'nha-megatron[deepspeed]', or set "
+            "training.engine=megatron"
+        )
     return missing
 
 

@@ -8,6 +8,7 @@ from pydantic import Field, model_validator
 from . import consistency, refusals
 from .base import NonNegative, NonNegativeReal, Pair, PathString, Positive, PositiveReal, Section
 from .data import DataConfig
+from .deepspeed import DeepSpeedSettings
 from .errors import ConfigError, problems_message, raise_problems
 from .full_layers import Exchange, choose_exchange
 from .guards import GuardsConfig
@@ -36,6 +37,8 @@ class TrainingConfig(Section):
     """What the backward computes again instead of keeping: nothing, the attention operator, or whole layers."""
     engine: Literal["megatron", "deepspeed"] = "megatron"
     """Who owns the optimizer, gradient reduction and precision."""
+    deepspeed: DeepSpeedSettings | None = None
+    """For engine deepspeed: DeepSpeed's `zero_optimization`, or the path of a JSON file that holds it; null: ZeRO stage 1."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: CUDA where there is one."""
     seed: NonNegative = 0

@@ -150,6 +150,7 @@ def test_all_problems_of_a_file_stand_in_one_message():
     data["optimizer"]["lr"] = -1
     data["training"]["global_batch_size"] = 7
     data["training"]["engine"] = "deepspeed"
+    data["parallel"] = {"pipeline": 2}
     data["checkpoint"] = {"every": 0}
     with pytest.raises(ConfigError) as error:
         parse_config(data, source="run.yaml")

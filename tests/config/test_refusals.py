@@ -6,7 +6,10 @@ from nha_megatron.config import ConfigError
 from tests.config.cases import run
 
 REFUSALS = {
-    "deepspeed": ({"training": {"engine": "deepspeed"}}, ["training.engine deepspeed", "use megatron"]),
+    "deepspeed with a pipeline": (
+        {"training": {"engine": "deepspeed"}, "parallel": {"pipeline": 2}},
+        ["training.engine deepspeed with parallel.pipeline 2", "use training.engine megatron", "ZeRO stage 3"],
+    ),
 }
 
 
@@ -32,6 +35,10 @@ ALLOWED = {
     "window beyond the sequence": {"model": {"window": 1000}},
     "isolated documents over context ranks": {"data": {"packing": "concat"}, "parallel": {"context": 2}},
     "packed documents over context ranks": {"data": {"packing": "best_fit"}, "parallel": {"context": 2}},
+    "every axis that deepspeed has": {
+        "training": {"engine": "deepspeed"},
+        "parallel": {"tensor": 2, "sequence": True, "context": 2},
+    },
     "all axes": {"parallel": {"tensor": 2, "sequence": True, "pipeline": 2, "virtual_pipeline": 2, "context": 2}},
 }
 
