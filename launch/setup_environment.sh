@@ -14,5 +14,5 @@ command -v "$python" >/dev/null || stop "no '$python' found: install Python 3.11
 # torch alone first, pinned: with it in place nothing else pulls in another build
 "$folder/bin/python" -m pip install --quiet --disable-pip-version-check --constraint constraints.txt torch \
     || stop "pip could not install torch: is there a network or a package mirror?"
-"$folder/bin/python" -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[test,quickstart,triton]' \
+"$folder/bin/python" -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[test,quickstart,triton,deepspeed]' \
     || stop "pip could not install the dependencies named above"
