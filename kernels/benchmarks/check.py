@@ -18,16 +18,12 @@ import zlib
 from typing import Any
 
 import torch
+from check_decode import DecodeCase, check_decode, decode_cases
+from compare import TOLERANCES, make_gates, relative_error
 from torch import Tensor
 
 from nha_kernels import Memory, nha_attention
 from nha_kernels.triton.dispatch import refusal
-
-TOLERANCES = {  # relative L2 error of outputs and of gradients
-    torch.float32: (1e-5, 1e-5),
-    torch.bfloat16: (5e-3, 1e-2),
-    torch.float16: (5e-3, 1e-2),
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,14 +92,8 @@ def cases() -> list[Case]:
     return found
 
 
-def make_gates(case: Case, batch: int, tokens: int, generator: torch.Generator) -> Tensor:
-    logits = torch.randn(batch, tokens, case.kv_heads, case.slots, generator=generator, device="cuda", dtype=torch.float64)
-    scale = {"usual": 1.0, "slow": 1.0, "extreme": 40.0, "mixed": 1.0}[case.gates]
-    g = torch.nn.functional.logsigmoid(2 * logits + (8.0 if case.gates == "slow" else 0.0)) / 8 * scale
-    if case.gates == "mixed":  # slots that forget at once beside slots that keep everything
-        chosen = torch.rand(g.shape, generator=generator, device="cuda")
-        g = torch.where(chosen < 0.1, -60.0, torch.where(chosen > 0.8, -1e-9, g))
-    return g.float()
+def all_cases() -> list[Case | DecodeCase]:
+    return [*cases(), *decode_cases()]
 
 
 def make_inputs(case: Case, seed: int) -> tuple[dict[str, Tensor], Memory | None, dict[str, Any]]:
@@ -119,7 +109,7 @@ def make_inputs(case: Case, seed: int) -> tuple[dict[str, Tensor], Memory | None
             "q": normal(batch, count, case.kv_heads * case.group, case.key_dim),
             "k": normal(batch, count, case.kv_heads, case.key_dim),
             "v": normal(batch, count, case.kv_heads, case.value_dim),
-            "g": make_gates(case, batch, count, generator),
+            "g": make_gates(case.gates, (batch, count, case.kv_heads, case.slots), generator),
         }
 
     options: dict[str, Any] = {
@@ -176,22 +166,18 @@ def run(inputs: dict[str, Tensor], memory: Memory | None, options: dict[str, Any
     return {name: x.detach() for name, x in outputs.items()}
 
 
-def relative_error(value: Tensor, exact: Tensor) -> float:
-    if not torch.isfinite(value).all():
-        return float("nan")
-    norm = exact.norm().item()
-    error = (value.double() - exact).norm().item()
-    return error / norm if norm > 1e-12 else error
-
-
-def check(case: Case) -> dict[str, Any]:
+def check(case: Case | DecodeCase) -> dict[str, Any]:
+    """Runs in a process of its own. `passed`, and `errors`, `refused` or `exception`."""
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = True
     result: dict[str, Any] = {"case": case.name}
     began = time.time()
+    seed = zlib.crc32(case.name.encode())
     try:
+        if isinstance(case, DecodeCase):
+            return {**result, **check_decode(case, seed), "seconds": round(time.time() - began, 1)}
         dtype = getattr(torch, case.dtype)
-        inputs, memory, options = make_inputs(case, seed=zlib.crc32(case.name.encode()))
+        inputs, memory, options = make_inputs(case, seed)
         reason = refusal(**inputs, window=case.window)
         if reason is not None:
             return {**result, "passed": True, "refused": reason, "seconds": 0.0}
@@ -220,7 +206,7 @@ def main() -> None:
     parser.add_argument("--only", default="")
     parser.add_argument("--skip", default="-")
     arguments = parser.parse_args()
-    chosen = [case for case in cases() if arguments.only in case.name and arguments.skip not in case.name]
+    chosen = [case for case in all_cases() if arguments.only in case.name and arguments.skip not in case.name]
     results = []
     with multiprocessing.get_context("spawn").Pool(min(arguments.workers, len(chosen)), maxtasksperchild=None) as pool:
         for result in pool.imap_unordered(check, chosen):
