@@ -14,11 +14,12 @@ from torch.distributed.checkpoint import CheckpointException
 
 from nha_megatron.checkpoint.collective import from_rank_zero, on_rank_zero
 from nha_megatron.checkpoint.files import CheckpointError, prepare_root, published_steps, step_directory
-from nha_megatron.checkpoint.manifest import read_manifest, verify
+from nha_megatron.checkpoint.manifest import Manifest, read_manifest, verify
 from nha_megatron.checkpoint.safety import require_plain_data
 from nha_megatron.checkpoint.state import Progress, restore_rng, rng_for_loading
 from nha_megatron.checkpoint.weights import CheckpointWeights
 from nha_megatron.config.stages import begun_stages
+from nha_megatron.data.identity import data_changes
 from nha_megatron.engine.base import Engine
 
 # What megatron-core and torch raise when a state dict does not fit the files. CheckpointException is a BaseException.
@@ -50,13 +51,18 @@ def find_newest(root: Path, report: Callable[[str], None]) -> Path | None:
     return None
 
 
-def load_checkpoint(directory: Path, engine: Engine, config: dict[str, Any]) -> Progress:
+def load_checkpoint(directory: Path, engine: Engine, config: dict[str, Any], data: dict[str, Any] | None = None) -> Progress:
     """Continues a run: model, optimizer and random number generators of every rank, at any parallel layout. Collective.
 
-    Raises `CheckpointError` when the checkpoint belongs to another model or data order than `config`, or does not fit.
+    Args:
+        data: what the run reads (`data_identity`); None takes any.
+
+    Raises `CheckpointError` when the checkpoint belongs to another model, data order or data than these, or does not fit.
     """
     manifest = read_manifest(directory)
     require_same_run(directory, manifest.config, config, manifest.step)
+    if data is not None and manifest.data is not None:
+        require_same_data(directory, manifest, data)
     require_plain_data(directory)
     state = engine.sharded_state_dict(is_loading=True)
     state["rng_state"] = rng_for_loading(manifest.world_size, engine.device)
@@ -107,6 +113,21 @@ def require_same_run(directory: Path, saved: dict[str, Any], current: dict[str, 
         raise CheckpointError(
             f"this run cannot continue from {directory}: {'; '.join(differences)}. "
             "Set them back, or start a new run in another logging.directory (model.init_from takes over the weights)"
+        )
+
+
+def require_same_data(directory: Path, manifest: Manifest, data: dict[str, Any]) -> None:
+    """Raises `CheckpointError` when a stage that has begun by the checkpoint now reads other tokens, or in other shares."""
+    assert manifest.data is not None
+    try:
+        changes = data_changes(manifest.data, data, stages=len(begun_stages(manifest.config, manifest.step)))
+    except (KeyError, TypeError) as error:
+        raise CheckpointError(f"checkpoint {directory}: manifest.json is damaged: it does not say what was read ({error!r})") from error
+    if changes:
+        raise CheckpointError(
+            f"this run cannot continue from {directory}, because its data is not what it was: {'; '.join(changes)}. Put the data back; or "
+            f"let a stage of training.stages with from_tokens {manifest.tokens} bring the new data; or set checkpoint.other_data=accept to "
+            "continue at the same position in it"
         )
 
 

@@ -104,6 +104,9 @@ class CheckpointConfig(Section):
     """Saves in a row that must fail to end the run; a failure before is reported, and training goes on. 1: the first failure ends it."""
     resume: bool = True
     """Continue from the newest complete checkpoint of the directory when there is one."""
+    other_data: Literal["refuse", "accept"] = "refuse"
+    """A checkpoint whose run read other token files, or in other shares, in the stages that have begun: refuse it, or continue at the same
+    position in the new ones. Token files that were moved are not others."""
 
 
 class LoggingConfig(Section):

@@ -12,6 +12,7 @@ from __future__ import annotations
 import signal
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch.distributed as dist
 
@@ -20,6 +21,7 @@ from nha_megatron.checkpoint.collective import on_rank_zero
 from nha_megatron.checkpoint.files import published_steps
 from nha_megatron.config import RunConfig, save_resolved
 from nha_megatron.config.deepspeed import zero_settings
+from nha_megatron.data.identity import data_identity
 from nha_megatron.engine.base import Engine
 from nha_megatron.engine.create import create_engine
 from nha_megatron.engine.device import choose_device
@@ -52,23 +54,28 @@ def pretrain(config: RunConfig) -> signal.Signals | None:
         if config.full_layer_exchange is not None:
             exchange, reason = config.full_layer_exchange
             say(f"full-attention layers over {layout.cp_size} context ranks: {exchange}, because {reason}")
-        progress = start(config, engine, say)
+        identity = data_identity(config)
+        progress = start(config, engine, identity, say)
         if progress.step >= config.training.steps:
             say(f"the run is complete: step {progress.step} of {config.training.steps}. Raise training.steps to train further")
         else:
-            stopped_by = run(config, engine, layout, data, progress, say)
+            stopped_by = run(config, engine, layout, data, identity, progress, say)
     if joined_here:
         leave(config, layout)
     return stopped_by
 
 
-def start(config: RunConfig, engine: Engine, say: Callable[[str], None]) -> Progress:
-    """Where the run begins: the newest checkpoint of its folder, the weights of `model.init_from`, or fresh weights."""
+def start(config: RunConfig, engine: Engine, identity: dict[str, Any], say: Callable[[str], None]) -> Progress:
+    """Where the run begins: the newest checkpoint of its folder, the weights of `model.init_from`, or fresh weights.
+
+    `identity`: what the run reads; a checkpoint of a run on other data is refused unless `checkpoint.other_data` accepts it.
+    """
     root = config.checkpoint_directory
     if config.checkpoint.resume:
         newest = find_newest(root, say)
         if newest is not None:
-            progress = load_checkpoint(newest, engine, config.model_dump(mode="json"))
+            expected = identity if config.checkpoint.other_data == "refuse" else None
+            progress = load_checkpoint(newest, engine, config.model_dump(mode="json"), expected)
             say(f"resumed from {newest}: step {progress.step}, {progress.tokens:,} tokens")
             return progress
     elif published_steps(root):
@@ -98,6 +105,7 @@ def run(
     engine: Engine,
     layout: Layout,
     data: StageData,
+    identity: dict[str, Any],
     progress: Progress,
     say: Callable[[str], None],
 ) -> signal.Signals | None:
@@ -112,7 +120,7 @@ def run(
 
     try:
         with StallWatch(layout.rank, layout.world_size, config.training.stall_seconds) as watch:
-            saver = CheckpointSaver(config.checkpoint_directory, engine, resolved, config.checkpoint, say, watch.moved)
+            saver = CheckpointSaver(config.checkpoint_directory, engine, resolved, config.checkpoint, say, watch.moved, identity)
             try:
                 stopped_by = train(config, engine, layout, data, progress, reporter, saver, watch)
             except TrainingError:  # on all ranks together; what is being written is from before
