@@ -6,7 +6,9 @@ wrong denominator is worse than none.
 
 from __future__ import annotations
 
-import psutil
+import resource
+import sys
+
 import torch
 
 # Whole words of the device name, the more specific entry first ("H100" alone is the SXM module).
@@ -49,8 +51,9 @@ def device_peak_flops(device: torch.device) -> float | None:
     return peak_bf16_flops(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
 
 
-def memory_in_use(device: torch.device) -> int:
-    """Bytes of this rank: the most allocated so far on CUDA, the resident memory of the process on a CPU."""
+def memory_high_water(device: torch.device) -> int:
+    """The most bytes that this rank has had at once: by PyTorch's allocator on CUDA, resident in the process on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    return psutil.Process().memory_info().rss
+    # Linux counts in KiB, macOS in bytes.
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

@@ -18,10 +18,11 @@ from nha_megatron.engine.layout import Layout
 from nha_megatron.training import layer_statistics
 from nha_megatron.training.console import Console
 from nha_megatron.training.guards import LossGuard, TrainingError
-from nha_megatron.training.hardware import memory_in_use
+from nha_megatron.training.hardware import memory_high_water
 from nha_megatron.training.metrics import MetricsLog
 from nha_megatron.training.schedule import learning_rate
 from nha_megatron.training.signals import StopRequest
+from nha_megatron.training.slow_ranks import RankReports, WorkClock, modules_without_collectives
 from nha_megatron.training.stage_data import StageData
 from nha_megatron.training.stall import StallWatch
 from nha_megatron.training.throughput import Throughput
@@ -59,6 +60,8 @@ def train(
     guard = LossGuard(config.guards, progress.guards)
     owed = False  # a checkpoint was due after a skipped step
     stages = plan_stages(config)
+    clock = WorkClock(list(modules_without_collectives(engine.model_chunks, layout, config.parallel.sequence)), layout.device)
+    ranks = RankReports(layout, config.guards.slow_rank_ratio)
     with StopRequest() as stop:
         while progress.step < total:
             step = progress.step + 1
@@ -76,8 +79,12 @@ def train(
             measure_layers = _due(step, config.logging.layer_statistics, total)
             if measure_layers:
                 layer_statistics.request(engine.model_chunks)
+            report_ranks = _due(step, config.logging.every, total)
+            if report_ranks:
+                clock.start()
             watch.enter(step, "data")
             batches = data.training_batches(step)
+            clock.batches_are_read()
             watch.enter(step, "update")
             result = engine.train_step(batches, lr, guard.max_loss)
             warning = guard.observe(step, result.loss, result.grad_norm, result.skipped)
@@ -96,8 +103,12 @@ def train(
                 "lr": lr,
                 "skipped": guard.skipped,
                 **throughput.measure(seconds),
-                "memory": memory_in_use(layout.device),
             }
+            slow = None
+            if report_ranks:
+                of_ranks, slow = ranks.gather(clock.stop(), seconds)
+                record |= of_ranks
+            record["memory"] = max(ranks.memory, memory_high_water(layout.device))
             if measure_layers:
                 record |= layer_statistics.collect(engine.model_chunks, config.model.num_layers, layout.device)
             if _due(step, config.training.validate_every, total):
@@ -108,6 +119,8 @@ def train(
                 reporter.console.step(record, throughput.seconds_left(stages[-1].tokens_after - progress.tokens))
                 if warning is not None:
                     reporter.console.event(f"warning: {warning}")
+                if slow is not None:
+                    reporter.console.event(f"warning: step {step}: {slow}")
                 if "validation_loss" in record:
                     reporter.console.event(f"step {step}: validation loss {record['validation_loss']:.4f}")
 

@@ -9,9 +9,11 @@
     lr                 learning rate of this update
     skipped            updates that were computed and not applied so far (see training/guards.py)
     tokens_per_second  of all ranks together, without evaluation and checkpoints
-    memory             bytes of rank 0 (see hardware.memory_in_use)
+    memory             most bytes that any rank has had at once (hardware.memory_high_water), as of the last logging interval
     mfu                share of the chips' dense bf16 rate; absent where the rate is not known
     validation_loss    only on steps that end with an evaluation
+    slowest_rank, slowest_host, slowest_ratio   once a logging interval, with several ranks: who works longest between collectives, and how
+                       many times as long as the others (slow_ranks.py)
     slot_share, mean_decay, write_strength   lists, one entry a layer; only on steps that were asked for
 
 Only one rank holds these objects; the others get `None` instead of a log.
@@ -138,12 +140,12 @@ class WeightsAndBiases:
 
 
 def flatten(record: dict[str, Any]) -> dict[str, float]:
-    """One number a name: {"mean_decay": [a, b]} becomes {"mean_decay/layer_000": a, "mean_decay/layer_001": b}."""
+    """One number a name: {"mean_decay": [a, b]} becomes {"mean_decay/layer_000": a, "mean_decay/layer_001": b}. Texts are left out."""
     flat: dict[str, float] = {}
     for name, value in record.items():
         if isinstance(value, list):
             flat.update({f"{name}/layer_{layer:03d}": number for layer, number in enumerate(value)})
-        else:
+        elif not isinstance(value, str):
             flat[name] = value
     return flat
 

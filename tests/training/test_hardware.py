@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from nha_megatron.training.hardware import device_peak_flops, memory_in_use, peak_bf16_flops
+from nha_megatron.training.hardware import device_peak_flops, memory_high_water, peak_bf16_flops
 
 
 @pytest.mark.parametrize(
@@ -31,4 +31,4 @@ def test_a_name_that_only_looks_alike_is_not_known(name: str) -> None:
 
 def test_a_cpu_has_no_rate_but_memory() -> None:
     assert device_peak_flops(torch.device("cpu")) is None
-    assert memory_in_use(torch.device("cpu")) > 2**20  # a Python process with torch holds more than a MiB
+    assert memory_high_water(torch.device("cpu")) > 2**20  # a Python process with torch holds more than a MiB

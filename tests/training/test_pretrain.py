@@ -19,6 +19,7 @@ from tests.distributed import RankPool
 from tests.training import small_run
 
 RECORD = {"step", "tokens", "loss", "grad_norm", "lr", "skipped", "tokens_per_second", "memory"}
+RECORD |= {"slowest_rank", "slowest_host", "slowest_ratio"}  # every logging interval, here every step
 
 
 def launch(folder: Path, *overrides: str) -> subprocess.Popen[str]:

@@ -1,0 +1,138 @@
+"""Which rank makes the others wait.
+
+All ranks take equally long for a step, because they meet in collectives; the slow one is the one that waits least. So what is compared
+is a rank's own work between collectives: reading its batches, and the forward of modules that run no collective. On CUDA the device's
+clock is read around them, which sees a slow device as well as a host that feeds it late.
+
+One step of a logging interval is measured, with hooks that are there for that step only.
+"""
+
+from __future__ import annotations
+
+import socket
+import time
+from collections.abc import Iterator, Sequence
+from statistics import median
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core.transformer.transformer_layer import TransformerLayer
+from torch import nn
+
+from nha_megatron.engine.layout import Layout
+from nha_megatron.training.hardware import memory_high_water
+
+# Below this share of a step nobody waits noticeably, however large the ratio.
+_NOTICEABLE = 0.1
+
+
+def modules_without_collectives(model_chunks: Sequence[nn.Module], layout: Layout, sequence_parallel: bool) -> Iterator[nn.Module]:
+    """The largest modules of each layer whose forward runs no collective in this layout."""
+    for chunk in model_chunks:
+        for layer in chunk.modules():
+            if not isinstance(layer, TransformerLayer):
+                continue
+            attention, mlp = layer.self_attention, layer.mlp
+            projections = [attention.linear_qkv, attention.linear_gate]
+            if layout.tp_size == 1:
+                yield mlp
+                yield from [attention] if layout.cp_size == 1 else [*projections, attention.linear_proj]
+            elif not sequence_parallel:  # which gathers the input of these
+                yield from [*projections, mlp.linear_fc1]
+            else:
+                yield from [layer.input_layernorm, layer.pre_mlp_layernorm]
+
+
+class WorkClock:
+    """Measures this rank's own work during a step.
+
+        clock.start(); batches = read(); clock.batches_are_read(); train(batches); seconds = clock.stop()
+
+    `stop` comes after the host has waited for the device, as `Engine.train_step` does.
+    """
+
+    def __init__(self, modules: Sequence[nn.Module], device: torch.device) -> None:
+        self._modules = list(modules)
+        self._on_cuda = device.type == "cuda"
+        self._handles: list[Any] = []
+        self._begins: list[Any] = []
+        self._ends: list[Any] = []
+        self._started = self._read = 0.0
+
+    def start(self) -> None:
+        self._begins, self._ends = [], []
+        for module in self._modules:
+            self._handles.append(module.register_forward_pre_hook(lambda *_: self._begins.append(self._now())))
+            self._handles.append(module.register_forward_hook(lambda *_: self._ends.append(self._now())))
+        self._started = time.perf_counter()
+
+    def batches_are_read(self) -> None:
+        self._read = time.perf_counter() - self._started
+
+    def stop(self) -> float:
+        """Seconds of work since `start`."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+        pairs = list(zip(self._begins, self._ends, strict=True))
+        if self._on_cuda:
+            return self._read + sum(begin.elapsed_time(end) for begin, end in pairs) / 1000
+        return self._read + sum(end - begin for begin, end in pairs)
+
+    def _now(self) -> Any:
+        if not self._on_cuda:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+
+def slowest_rank(seconds: Sequence[float], stages: Sequence[int]) -> tuple[int, float, float] | None:
+    """(rank, ratio, excess) of the rank whose work takes longest against the median of the others on its pipeline stage, in seconds.
+
+    Stages have different work, so ranks are compared within theirs. None when no stage has two ranks.
+    """
+    found = None
+    for rank, own in enumerate(seconds):
+        others = [value for other, value in enumerate(seconds) if other != rank and stages[other] == stages[rank]]
+        if others:
+            usual = max(median(others), 1e-9)
+            if found is None or own / usual > found[1]:
+                found = rank, own / usual, own - usual
+    return found
+
+
+class RankReports:
+    """Gathers what every rank reports at a logging interval. Making one, and `gather`, are collective over all ranks."""
+
+    def __init__(self, layout: Layout, ratio: float) -> None:
+        self._layout = layout
+        self._ratio = ratio
+        places: list[tuple[str, int]] = [("", 0)] * layout.world_size
+        dist.all_gather_object(places, (socket.gethostname(), layout.pp_rank))
+        self._hosts, self._stages = zip(*places, strict=True)
+        self._named: int | None = None
+        self.memory = 0
+        """Bytes of the fullest rank, the most so far, as of the last `gather`."""
+
+    def gather(self, work_seconds: float, step_seconds: float) -> tuple[dict[str, Any], str | None]:
+        """Fields of the step's record, and a line for the user when a rank has become slow."""
+        own = torch.tensor([work_seconds, memory_high_water(self._layout.device)], dtype=torch.float64, device=self._layout.device)
+        all_ranks = own.new_empty(2 * self._layout.world_size)
+        dist.all_gather_into_tensor(all_ranks, own)
+        seconds, memory = all_ranks.view(-1, 2).t().tolist()
+        self.memory = int(max(memory))
+        slowest = slowest_rank(seconds, self._stages)
+        if slowest is None:
+            return {}, None
+        rank, ratio, excess = slowest
+        fields = {"slowest_rank": rank, "slowest_host": self._hosts[rank], "slowest_ratio": ratio}
+        slow = ratio >= self._ratio and excess >= _NOTICEABLE * step_seconds
+        before, self._named = self._named, rank if slow else None
+        if not slow or before == rank:
+            return fields, None
+        return fields, (
+            f"slow rank {rank} on host {self._hosts[rank]}: its own work takes {ratio:.1f} times as long as that of the other ranks of its "
+            f"pipeline stage, {excess:.2g} s more of a step of {step_seconds:.2g} s"
+        )
