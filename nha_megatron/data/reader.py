@@ -7,6 +7,7 @@ import numpy as np
 from nha_megatron.config import ConfigError, RunConfig
 from nha_megatron.data.batch import Batch, make_batch
 from nha_megatron.data.order import SampleOrder
+from nha_megatron.data.packing import PADDING
 
 
 class BatchReader:
@@ -19,7 +20,7 @@ class BatchReader:
     so a step holds the same samples for any number of ranks. Ranks that differ only in their tensor- or pipeline-parallel
     place read the same batch. With `prefetch` a thread reads step n + 1 while step n is used; what is read does not depend on it.
 
-    Raises ConfigError if global_batch_size or sequence_length does not divide.
+    Raises ConfigError if global_batch_size or sequence_length does not divide, and later if a token does not fit the vocabulary.
     """
 
     def __init__(
@@ -36,6 +37,7 @@ class BatchReader:
         self._order = order
         self._global_batch_size = config.training.global_batch_size
         self._micro_batch_size = config.training.micro_batch_size
+        self._vocab_size = config.model.vocab_size
         self._isolate_documents = config.data.isolates_documents
         self._dp_rank, self._dp_size = dp_rank, dp_size
         self._cp_rank, self._cp_size = cp_rank, cp_size
@@ -77,6 +79,12 @@ class BatchReader:
     def _read_micro_batch(self, step: int, micro: int) -> Batch:
         first = step * self._global_batch_size + (micro * self._dp_size + self._dp_rank) * self._micro_batch_size
         samples = np.stack([self._order.sample(first + row) for row in range(self._micro_batch_size)])
+        if samples.min() < PADDING or samples.max() >= self._vocab_size:
+            # Opening the files read their manifests only. On a device this would be an assertion without a word about the data.
+            raise ConfigError(
+                f"samples {first} to {first + len(samples) - 1} hold token ids from {samples.min()} to {samples.max()}, model.vocab_size "
+                f"is {self._vocab_size}: a token file is damaged. Copy it again or prepare the data again."
+            )
         return make_batch(
             samples,
             self._order.end_of_text,

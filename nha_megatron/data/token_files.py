@@ -225,11 +225,16 @@ class TokenFile:
         # first sequence of each document, and the position of its first token in the .bin file, in tokens
         self._first_sequence = self._data.document_indices
         itemsize = np.dtype(self.manifest.dtype).itemsize
-        pointers = self._data.index.sequence_pointers // itemsize
-        self.document_starts: np.ndarray = np.append(pointers, self.manifest.tokens)[self._first_sequence]  # int64 [documents + 1]
-        tokens = int(self._data.sequence_lengths.sum(dtype=np.int64))
+        lengths = self._data.sequence_lengths.astype(np.int64)
+        tokens = int(lengths.sum())
         if tokens != self.manifest.tokens or tokens * itemsize != self.manifest.bin.bytes:
             raise ConfigError(_corrupt_index(self._paths[1], f"it counts {tokens} tokens, its manifest {self.manifest.tokens}"))
+        first, offsets = self._first_sequence, self._data.index.sequence_pointers
+        if offsets[0] != 0 or (np.diff(offsets) != lengths[:-1] * itemsize).any():
+            raise ConfigError(_corrupt_index(self._paths[1], "its sequences do not lie one after the other in the .bin file"))
+        if first[0] != 0 or first[-1] != len(lengths) or (np.diff(first) < 1).any():
+            raise ConfigError(_corrupt_index(self._paths[1], "its documents do not lie one after the other"))
+        self.document_starts: np.ndarray = np.append(offsets // itemsize, tokens)[first]  # int64 [documents + 1]
 
     @property
     def num_documents(self) -> int:

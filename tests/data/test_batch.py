@@ -129,6 +129,15 @@ def test_an_error_while_prefetching_is_raised(corpus: str, monkeypatch: pytest.M
     ahead.close()
 
 
+def test_a_token_beyond_the_vocabulary_is_a_message(corpus: str) -> None:
+    """The manifest names the largest id, so only damage that keeps the file's size gets this far."""
+    with Path(f"{corpus}.bin").open("r+b") as stream:
+        stream.seek(40)
+        stream.write(b"\xff\xff")
+    with pytest.raises(ConfigError, match=r"hold token ids from \d+ to 65535, model.vocab_size is 60000: a token file is damaged"):
+        reader(corpus).micro_batches(0)
+
+
 def test_validation_reads_its_own_files(corpus: str, tmp_path: Path) -> None:
     write_token_file(tmp_path / "v", numbered_documents([60], first=5000))
     config = run_config(corpus, sequence_length=LENGTH, batch=2, validation=str(tmp_path / "v"))

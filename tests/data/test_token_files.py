@@ -114,6 +114,12 @@ def test_other_format_version(prefix: Path) -> None:
         (18, "its counts do not fit"),
         (26, "its counts do not fit"),
         (34, "it counts .* tokens, its manifest 12"),  # a sequence length
+        (46, "its sequences do not lie one after the other in the .bin file"),  # offset of the first sequence
+        (54, "its sequences do not lie one after the other in the .bin file"),
+        (69, "its sequences do not lie one after the other in the .bin file"),  # far beyond the file
+        (70, "its documents do not lie one after the other"),  # first sequence of the first document
+        (78, "its documents do not lie one after the other"),
+        (93, "its documents do not lie one after the other"),  # beyond all sequences
         (-1, "lengths and documents disagree"),  # the last document boundary
     ],
 )
