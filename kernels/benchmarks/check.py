@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from check_decode import DecodeCase, check_decode, decode_cases
+from check_summary import SummaryCase, check_summary, summary_cases
 from compare import TOLERANCES, make_gates, relative_error
 from torch import Tensor
 
@@ -92,8 +93,8 @@ def cases() -> list[Case]:
     return found
 
 
-def all_cases() -> list[Case | DecodeCase]:
-    return [*cases(), *decode_cases()]
+def all_cases() -> list[Case | DecodeCase | SummaryCase]:
+    return [*cases(), *decode_cases(), *summary_cases()]
 
 
 def make_inputs(case: Case, seed: int) -> tuple[dict[str, Tensor], Memory | None, dict[str, Any]]:
@@ -166,7 +167,7 @@ def run(inputs: dict[str, Tensor], memory: Memory | None, options: dict[str, Any
     return {name: x.detach() for name, x in outputs.items()}
 
 
-def check(case: Case | DecodeCase) -> dict[str, Any]:
+def check(case: Case | DecodeCase | SummaryCase) -> dict[str, Any]:
     """Runs in a process of its own. `passed`, and `errors`, `refused` or `exception`."""
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = True
@@ -176,6 +177,8 @@ def check(case: Case | DecodeCase) -> dict[str, Any]:
     try:
         if isinstance(case, DecodeCase):
             return {**result, **check_decode(case, seed), "seconds": round(time.time() - began, 1)}
+        if isinstance(case, SummaryCase):
+            return {**result, **check_summary(case, seed), "seconds": round(time.time() - began, 1)}
         dtype = getattr(torch, case.dtype)
         inputs, memory, options = make_inputs(case, seed)
         reason = refusal(**inputs, window=case.window)

@@ -64,6 +64,17 @@ def test_decode_kernels_compile(capability: int) -> None:
     assert_compile(launches, capability)
 
 
+@pytest.mark.parametrize("capability", SHARED_BYTES)
+def test_summary_kernels_compile(capability: int) -> None:
+    from nha_kernels.triton.summary import slot_summary_on_gpu
+
+    k, v = (torch.zeros(1, 600, 2, 128, dtype=torch.bfloat16, requires_grad=True) for _ in range(2))
+    with recorded() as launches:
+        sum(x.sum() for x in slot_summary_on_gpu(k, v, torch.zeros(1, 600, 2, 64, requires_grad=True))).backward()
+    assert len(launches) == 5
+    assert_compile(launches, capability)
+
+
 def assert_compile(launches: list[Launch], capability: int) -> None:
     for name, launch in {launch.kernel.__name__: launch for launch in launches}.items():
         compiled = launch.compile(capability)
