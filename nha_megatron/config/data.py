@@ -35,6 +35,9 @@ class DataConfig(Section):
     positions start anew at every document. best_fit: so too, but documents are packed whole where they fit, and the rest is padding."""
     seed: NonNegative = 0
     """Seed of the sample order."""
+    verify: Literal["sizes", "sampled", "full"] = "sampled"
+    """How far the token files are compared with their checksums at every start, on every node: their sizes, 64 MiB of each file spread over
+    it, or every byte (minutes for each hundred gigabytes)."""
 
     @property
     def isolates_documents(self) -> bool:

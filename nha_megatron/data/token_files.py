@@ -15,7 +15,7 @@ import numpy as np
 from megatron.core.datasets.indexed_dataset import DType, IndexedDataset, IndexedDatasetBuilder
 
 from nha_megatron.config import ConfigError
-from nha_megatron.data.checksum import file_sha256
+from nha_megatron.data.checksum import file_sha256, sampled_sha256
 
 FORMAT_VERSION = 1
 
@@ -25,10 +25,15 @@ MAX_SEQUENCE_TOKENS = 2**31 - 1
 
 @dataclasses.dataclass(frozen=True)
 class FileRecord:
-    """Size in bytes and SHA-256 (hex) of one file."""
+    """Size in bytes and SHA-256 (hex) of one file, of all its bytes and of samples (data/checksum.py)."""
 
     bytes: int
     sha256: str
+    sampled_sha256: str | None = None  # None in files made before there were samples
+
+    @classmethod
+    def of(cls, path: Path) -> "FileRecord":
+        return cls(path.stat().st_size, file_sha256(path), sampled_sha256(path))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -152,8 +157,8 @@ class TokenFileWriter:
             tokens=self._tokens,
             dtype=np.dtype(self._dtype).name,
             max_token_id=self._max_token_id,
-            bin=FileRecord(bin_partial.stat().st_size, file_sha256(bin_partial)),
-            idx=FileRecord(idx_partial.stat().st_size, file_sha256(idx_partial)),
+            bin=FileRecord.of(bin_partial),
+            idx=FileRecord.of(idx_partial),
             **self._about,  # type: ignore[arg-type]
         )
         json_partial.write_text(self.manifest.to_json())

@@ -27,6 +27,7 @@ from nha_megatron.engine.create import create_engine
 from nha_megatron.engine.device import choose_device
 from nha_megatron.engine.layout import Layout, create_layout
 from nha_megatron.training.console import Console
+from nha_megatron.training.data_check import check_data
 from nha_megatron.training.guards import TrainingError
 from nha_megatron.training.loop import Reporter, train
 from nha_megatron.training.metrics import MetricsLog
@@ -46,6 +47,7 @@ def pretrain(config: RunConfig) -> signal.Signals | None:
     say = print if layout.rank == 0 else _ignore
     stopped_by = None
     with StageData(config, layout) as data:
+        check_data(config, layout, say)
         engine = create_engine(config, layout.device, layout)
         say(f"{layout.describe()} on {layout.device.type}, {config.model.num_parameters():,} parameters")
         zero = zero_settings(config.training)
