@@ -69,10 +69,10 @@ def load_checkpoint(directory: Path, engine: Engine, config: dict[str, Any], dat
     try:
         # RAISE_ALL: a tensor that only the checkpoint or only the model has is an error, not a default.
         loaded = dist_checkpointing.load(state, str(directory), strict=StrictHandling.RAISE_ALL)
+        restore_rng(loaded.pop("rng_state"), engine.device)
+        engine.load_state_dict(loaded)
     except _MISFITS as error:
         raise CheckpointError(f"checkpoint {directory} does not fit this model: {_reason(error)}") from error
-    restore_rng(loaded.pop("rng_state"), engine.device)
-    engine.load_state_dict(loaded)
     return Progress(manifest.step, manifest.tokens, manifest.guards or {})
 
 

@@ -84,8 +84,9 @@ def _require_types(manifest: Manifest) -> None:
         value = getattr(manifest, name)
         if type(value) is not int or value < (name == "world_size"):
             raise TypeError(f"{name} is {value!r}")
-    if not isinstance(manifest.config, dict):
-        raise TypeError(f"config is {manifest.config!r}")
+    sections = ("model", "data", "training", "optimizer")
+    if not isinstance(manifest.config, dict) or not all(isinstance(manifest.config.get(name, {}), dict) for name in sections):
+        raise TypeError("config is not a run's configuration")
     if not manifest.files:
         raise TypeError("it names no files")
     for name, entry in manifest.files.items():

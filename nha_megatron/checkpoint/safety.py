@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata
 
-from nha_megatron.checkpoint.files import CheckpointError
+from nha_megatron.checkpoint.files import CheckpointError, reason_of
 
 _DCP = "torch.distributed.checkpoint"
 _ALLOWED = {
@@ -74,24 +74,34 @@ def read_metadata(directory: Path) -> Metadata:
 def require_plain_data(directory: Path) -> Metadata:
     """Reads all pickled objects of a checkpoint the safe way; returns its metadata.
 
-    Raises `CheckpointError` when one of them holds more than tensors, numbers, text and containers of these.
+    Raises `CheckpointError` when one of them holds more than tensors, numbers, text and containers of these, or when an object or
+    tensor is said to lie where there is nothing.
     """
     metadata = read_metadata(directory)
     common = directory / "common.pt"
     if common.exists():
         _require_plain(directory, "common.pt", common.read_bytes())
-    for index, place in (metadata.storage_data or {}).items():
-        if not isinstance(metadata.state_dict_metadata.get(index.fqn), BytesStorageMetadata):
-            continue
-        path = (directory / place.relative_path).resolve()
-        if not path.is_relative_to(directory.resolve()):
-            raise CheckpointError(f"checkpoint {directory}: {index.fqn} is said to lie outside the checkpoint, in {place.relative_path}")
-        try:
-            with path.open("rb") as file:
-                file.seek(place.offset)
-                _require_plain(directory, f"the object {index.fqn}", file.read(place.length))
-        except OSError as error:
-            raise CheckpointError(f"checkpoint {directory}: {place.relative_path} cannot be read: {error.strerror}") from error
+    elif not any(name.startswith("common_state") for name in metadata.state_dict_metadata):
+        raise CheckpointError(f"checkpoint {directory}: common.pt is missing")
+    sizes: dict[Path, int] = {}
+    try:
+        for index, place in (metadata.storage_data or {}).items():
+            path = (directory / place.relative_path).resolve()
+            if not path.is_relative_to(directory.resolve()):
+                raise CheckpointError(
+                    f"checkpoint {directory}: {index.fqn} is said to lie outside the checkpoint, in {place.relative_path}"
+                )
+            size = sizes[path] = sizes.get(path) or path.stat().st_size
+            if not 0 <= place.offset <= place.offset + place.length <= size:
+                raise CheckpointError(f"checkpoint {directory}: {index.fqn} is said to lie beyond the end of {place.relative_path}")
+            if isinstance(metadata.state_dict_metadata.get(index.fqn), BytesStorageMetadata):
+                with path.open("rb") as file:
+                    file.seek(place.offset)
+                    _require_plain(directory, f"the object {index.fqn}", file.read(place.length))
+    except OSError as error:
+        raise CheckpointError(f"checkpoint {directory} cannot be read: {reason_of(error)}") from error
+    except (AttributeError, TypeError) as error:  # classes that torch writes, with other things inside
+        raise CheckpointError(f"checkpoint {directory}: .metadata is damaged or unsafe: {error}") from error
     return metadata
 
 

@@ -18,12 +18,17 @@ import torch
 import torch.distributed as dist
 from megatron.core.dist_checkpointing import ShardedTensor
 
-from nha_megatron.checkpoint import Progress, save_checkpoint
+from nha_megatron.checkpoint import Progress, find_newest, load_checkpoint, save_checkpoint
 from nha_megatron.checkpoint import saver as saver_module
 from nha_megatron.checkpoint import shards as shards_module
 from nha_megatron.checkpoint.save import PendingSave
 from nha_megatron.checkpoint.saver import CheckpointSaver
 from nha_megatron.checkpoint.shards import ShardWriter
+from nha_megatron.config import ConfigError, parse_config
+from nha_megatron.data.identity import data_identity
+from nha_megatron.engine.create import create_engine
+from nha_megatron.engine.device import choose_device
+from nha_megatron.engine.layout import create_layout
 from tests.engine.programs import make_engine, micro_batches, tiny_config
 from tests.training import small_run
 
@@ -166,3 +171,25 @@ def _pretrain_and_listen(plain: dict[str, Any], after_failure: Callable[[int], N
 
     with mock.patch.object(CheckpointSaver, "__init__", init), mock.patch.object(CheckpointSaver, "_failed", failed):
         return small_run.pretrain_on_rank(plain), said
+
+
+def find(root: str) -> tuple[list[str], str | None]:
+    """What was reported on the way to the newest sound checkpoint, and its path."""
+    reports: list[str] = []
+    newest = find_newest(Path(root), reports.append)
+    return reports, None if newest is None else str(newest)
+
+
+def resume(plain: dict[str, Any]) -> tuple[list[str], str | int | None]:
+    """Finds and loads the newest checkpoint: what was reported on the way, and the step reached or the message of the refusal."""
+    config = parse_config(plain)
+    reports: list[str] = []
+    layout = create_layout(config, choose_device(config.training.device))
+    try:
+        newest = find_newest(config.checkpoint_directory, reports.append)
+        if newest is None:
+            return reports, None
+        engine = create_engine(config, layout.device, layout)
+        return reports, load_checkpoint(newest, engine, config.model_dump(mode="json"), data_identity(config)).step
+    except ConfigError as error:
+        return reports, str(error)
