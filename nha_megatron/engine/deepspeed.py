@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -61,13 +63,14 @@ class DeepSpeedEngine:
         self._fused = device.type == "cuda"
         elements = sum(parameter.numel() for parameter in self._parameters.values())
         self._adam = self._make_optimizer()
-        self._engine, *_ = package.initialize(
-            model=Float16Module(model.config, model) if config.training.precision == "bf16" else model,
-            optimizer=self._adam,
-            config=deepspeed_config(config, elements),
-            mpu=ModelParallelUnit(layout),
-            dist_init_required=False,
-        )
+        with contextlib.redirect_stdout(io.StringIO()):  # a table of memory for each parameter group
+            self._engine, *_ = package.initialize(
+                model=Float16Module(model.config, model) if config.training.precision == "bf16" else model,
+                optimizer=self._adam,
+                config=deepspeed_config(config, elements),
+                mpu=ModelParallelUnit(layout),
+                dist_init_required=False,
+            )
         self.model_chunks: list[nn.Module] = [self._engine.module]
         self.optimizer = self._engine.optimizer
         create_adam_state(self.optimizer, self._fused)

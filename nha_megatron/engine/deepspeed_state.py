@@ -97,6 +97,21 @@ class ModelSpaceState:
         return self._twin.sharded_state_dict(metadata={"dp_cp_group": self._group})
 
 
+def as_megatron_state(loaded: dict[str, Any], own: dict[str, Any], sharding_type: str) -> dict[str, Any]:
+    """Optimizer state of a checkpoint, whichever engine wrote it, in the form that Megatron's distributed optimizer loads.
+
+    The DeepSpeed engine keeps of the parameter groups only how many updates they have seen; the rest follows from the configuration.
+
+    Args:
+        own: `state_dict()` of the optimizer that loads.
+    """
+    if loaded.get("engine") != ENGINE:
+        return loaded
+    (step,) = {group["step"] for group in loaded["optimizer"]["param_groups"]}
+    groups = [{**group, "step": step} for group in own["optimizer"]["param_groups"]]
+    return {"optimizer": {"param_groups": groups}, "param_state": loaded["param_state"], "param_state_sharding_type": sharding_type}
+
+
 def _filled(template: Any, tensor: Tensor, prefix: str = "") -> Any:
     """The sharded tensor (or factory of several) that describes `tensor` on its one owner in the data x context group."""
     changes: dict[str, Any] = {"key": prefix + template.key, "data": tensor, "replica_id": (*template.replica_id[:-1], 0)}

@@ -26,6 +26,7 @@ from nha_megatron.engine.checkpoint_remedies import (
     pass_step_on,
     separate_steps,
 )
+from nha_megatron.engine.deepspeed_state import as_megatron_state
 from nha_megatron.engine.forward import forward_batch
 from nha_megatron.engine.layout import Layout
 from nha_megatron.model.build import build_model
@@ -208,8 +209,8 @@ class MegatronEngine:
 
     @torch.no_grad()  # Megatron copies into views of leaf parameters
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continues from a loaded checkpoint, whatever layout wrote it."""
+        """Continues from a loaded checkpoint, whatever layout and engine wrote it."""
         for i, chunk in enumerate(self.model_chunks):
             chunk.load_state_dict(state[f"model{i}"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        self.optimizer.load_state_dict(as_megatron_state(state["optimizer"], self.optimizer.state_dict(), _CHECKPOINT_FORMAT))
         separate_steps(self.optimizer)
