@@ -1,0 +1,305 @@
+"""The first launch of a decode step (decode_step.py): every program attends to one piece of the memory, and writes to it if it is slots.
+
+`index` counts the tokens of the window by age: 0 the oldest place of the ring, W the first new token. A query at token t of the step stands
+at W + t, sees indices above t, and the token at index t leaves when it comes.
+"""
+
+import triton
+import triton.language as tl
+
+from .common import LOG2_E, rotate, write_strength
+from .tiles import biased_logits, dot_halves, load_halves, load_rows
+
+
+@triton.jit
+def _fold(logits, largest, total, acc):
+    """One step of the online softmax (base 2): probabilities relative to the new maximum, and the rescaled sums."""
+    new_largest = tl.maximum(largest, tl.max(logits, 1))
+    finite = tl.where(new_largest == float("-inf"), 0.0, new_largest)
+    p = tl.exp2(logits - finite[:, None])
+    rescale = tl.exp2(largest - finite)
+    return p, new_largest, total * rescale + tl.sum(p, 1), acc * rescale[:, None]
+
+
+@triton.jit
+def _cos_sin(turns):
+    """Of angles in turns, float64 to float32. Series around the nearest quarter turn: exact to float32, and without the branch for huge
+    angles of the library's functions, which takes 80 registers."""
+    quarter = tl.floor(4 * turns + 0.5)
+    x = ((turns - 0.25 * quarter) * 6.283185307179586).to(tl.float32)
+    x2 = x * x
+    s = x * (1 - x2 * (1 / 6) * (1 - x2 * (1 / 20) * (1 - x2 * (1 / 42) * (1 - x2 * (1 / 72)))))
+    c = 1 - x2 * (1 / 2) * (1 - x2 * (1 / 12) * (1 - x2 * (1 / 30) * (1 - x2 * (1 / 56))))
+    quarter = quarter.to(tl.int32) & 3
+    odd = (quarter & 1) == 1
+    cos, sin = tl.where(odd, s, c), tl.where(odd, c, s)
+    return tl.where((quarter == 1) | (quarter == 2), -cos, cos), tl.where(quarter >= 2, -sin, sin)
+
+
+@triton.jit
+def _rotated(x1, x2, offset, frequencies, factor, K: tl.constexpr, PAIRS: tl.constexpr, ROPE: tl.constexpr):
+    """Halves rotated to `offset`, in their own dtype. Turns are counted in float64, so an angle far from 0 keeps its digits."""
+    if not ROPE:
+        return x1, x2
+    pair = tl.arange(0, K // 2)
+    turning = pair < PAIRS
+    turns = tl.load(frequencies + pair, mask=turning, other=0.0).to(tl.float64) * 0.15915494309189535  # 1 / (2 pi)
+    cos, sin = _cos_sin(offset.to(tl.float64)[:, None] * turns[None, :])
+    length = tl.where(turning, factor, 1.0)[None, :]  # channels that do not rotate keep their length
+    r1, r2 = rotate(x1.to(tl.float32), x2.to(tl.float32), cos * length, sin * length)
+    return r1.to(x1.dtype), r2.to(x1.dtype)
+
+
+@triton.jit
+def _attend_slots(
+    q,
+    k,
+    v,
+    g,
+    slot_keys,
+    slot_values,
+    slot_log_decay,
+    window_keys,
+    window_values,
+    window_log_gates,
+    part_out,
+    part_max,
+    part_sum,
+    piece,
+    bh,
+    part,
+    start,
+    seen,
+    T,
+    W,
+    logit_scale,
+    H: tl.constexpr,
+    R: tl.constexpr,
+    K: tl.constexpr,
+    V: tl.constexpr,
+    M: tl.constexpr,
+    BM: tl.constexpr,
+    EMPTY: tl.constexpr,
+):
+    b, h = bh // H, bh % H
+    slot = piece * BM + tl.arange(0, BM)
+    key_channel, value_channel = tl.arange(0, K), tl.arange(0, V)
+    at_keys = slot_keys + (bh * M + slot)[:, None] * K + key_channel[None, :]
+    at_values = slot_values + (bh * M + slot)[:, None] * V + value_channel[None, :]
+    keys, values = tl.load(at_keys), tl.load(at_values)
+    log_decay = tl.load(slot_log_decay + bh * M + slot)
+    head = tl.arange(0, 16)
+    for t in range(T):
+        held = (t < W) & (seen + t >= W)  # the leaving token is in the ring
+        place = (b * W + (start + t) % tl.maximum(W, 1)) * H + h
+        fresh = t >= W  # it came in this very step
+        at_new = (b * T + t - W) * H + h
+        gate = tl.load(window_log_gates + place * M + slot, mask=(slot < M) & held, other=0.0)
+        gate += tl.load(g + at_new * M + slot, mask=(slot < M) & fresh, other=0.0)
+        gate = tl.maximum(gate, -40.0)
+        key = tl.load(window_keys + place * K + key_channel, mask=(key_channel < K) & held, other=0.0).to(tl.float32)
+        key += tl.load(k + at_new * K + key_channel, mask=(key_channel < K) & fresh, other=0.0).to(tl.float32)
+        value = tl.load(window_values + place * V + value_channel, mask=(value_channel < V) & held, other=0.0).to(tl.float32)
+        value += tl.load(v + at_new * V + value_channel, mask=(value_channel < V) & fresh, other=0.0).to(tl.float32)
+        decay, strength = tl.exp(gate), write_strength(gate)
+        keys = keys * decay[:, None] + strength[:, None] * key[None, :]
+        values = values * decay[:, None] + strength[:, None] * value[None, :]
+        log_decay += gate
+
+        at_query = q + (((b * T + t) * H + h) * R + head)[:, None] * K + key_channel[None, :]
+        queries = tl.load(at_query, mask=(head < R)[:, None], other=0.0)
+        logits = tl.dot(queries, tl.trans(keys.to(queries.dtype)), input_precision="tf32x3") * logit_scale
+        log_mass = tl.zeros_like(logits) + log_decay[None, :]
+        anything_written = head * 0 + seen + t >= W
+        logits = biased_logits(logits, log_mass, anything_written, slot, M, BM, EMPTY)
+        largest = tl.max(logits, 1)
+        p = tl.exp2(logits - tl.where(largest == float("-inf"), 0.0, largest)[:, None])
+        at_part = part * (T * R) + t * R + head
+        tl.store(part_max + at_part, largest, mask=head < R)
+        tl.store(part_sum + at_part, tl.sum(p, 1), mask=head < R)
+        acc = tl.dot(p.to(queries.dtype), values.to(queries.dtype), input_precision="tf32x3")
+        tl.store(part_out + at_part[:, None] * V + value_channel[None, :], acc, mask=(head < R)[:, None])
+    if seen + T > W:
+        tl.store(at_keys, keys)
+        tl.store(at_values, values)
+        tl.store(slot_log_decay + bh * M + slot, log_decay)
+
+
+@triton.jit
+def _attend_window(
+    q,
+    k,
+    v,
+    window_keys,
+    window_values,
+    frequencies,
+    part_out,
+    part_max,
+    part_sum,
+    first_index,
+    last_index,
+    with_new_tokens,
+    bh,
+    part,
+    start,
+    seen,
+    T,
+    W,
+    logit_scale,
+    rope_factor,
+    H: tl.constexpr,
+    R: tl.constexpr,
+    K: tl.constexpr,
+    V: tl.constexpr,
+    ROWS: tl.constexpr,
+    BN: tl.constexpr,
+    HALF: tl.constexpr,
+    PAIRS: tl.constexpr,
+    ROPE: tl.constexpr,
+):
+    b, h = bh // H, bh % H
+    for first_row in range(0, T * R, ROWS):  # once, unless large tiles exceed the registers
+        row = first_row + tl.arange(0, ROWS)
+        token, head = row // R, row % R
+        row_ok = token < T
+        q1, q2 = load_halves(q + (b * T * H + h) * (R * K), token * (H * R) + head, row_ok, K, HALF)
+        dtype = q1.dtype
+        q1, q2 = _rotated(q1, q2, W + token, frequencies, rope_factor, K, PAIRS, ROPE)
+        largest = tl.full((ROWS,), float("-inf"), tl.float32)
+        total = tl.zeros((ROWS,), tl.float32)
+        acc = tl.zeros((ROWS, V), tl.float32)
+        for i in range(first_index, last_index, BN):
+            index = i + tl.arange(0, BN)
+            there = (index < last_index) & (seen - W + index >= 0)
+            place = start + index
+            place = tl.where(place >= W, place - W, place) * H
+            k1, k2 = load_halves(window_keys + (b * W * H + h) * K, place, there, K, HALF)
+            k1, k2 = _rotated(k1, k2, index, frequencies, rope_factor, K, PAIRS, ROPE)
+            visible = there[None, :] & (index[None, :] > token[:, None])
+            logits = tl.where(visible, dot_halves(q1, q2, k1, k2) * logit_scale, float("-inf"))
+            p, largest, total, acc = _fold(logits, largest, total, acc)
+            values = load_rows(window_values + (b * W * H + h) * V, place, there, V)
+            acc = tl.dot(p.to(dtype), values, acc, input_precision="tf32x3")
+        if with_new_tokens:
+            new = tl.arange(0, 16)
+            k1, k2 = load_halves(k + (b * T * H + h) * K, new * H, new < T, K, HALF)
+            k1, k2 = _rotated(k1, k2, W + new, frequencies, rope_factor, K, PAIRS, ROPE)
+            lag = token[:, None] - new[None, :]
+            logits = tl.where((lag >= 0) & (lag < W), dot_halves(q1, q2, k1, k2) * logit_scale, float("-inf"))
+            p, largest, total, acc = _fold(logits, largest, total, acc)
+            values = load_rows(v + (b * T * H + h) * V, new * H, new < T, V)
+            acc = tl.dot(p.to(dtype), values, acc, input_precision="tf32x3")
+        at_part = part * (T * R) + row
+        tl.store(part_max + at_part, largest, mask=row_ok)
+        tl.store(part_sum + at_part, total, mask=row_ok)
+        tl.store(part_out + at_part[:, None] * V + tl.arange(0, V)[None, :], acc, mask=row_ok[:, None])
+
+
+@triton.jit
+def attend_pieces(
+    q,  # [B, T, HQ, K], k, v, g likewise: the new tokens
+    k,
+    v,
+    g,
+    slot_keys,  # [B, H, M, K]
+    slot_values,  # [B, H, M, V]
+    slot_log_decay,  # [B, H, M]
+    window_keys,  # [B, W, H, K]
+    window_values,  # [B, W, H, V]
+    window_log_gates,  # [B, W, H, M]
+    length,  # [B]
+    window_start,  # [B]
+    frequencies,
+    part_out,  # [B * H, pieces, T * R, V] values weighted by exp2(logit - part_max)
+    part_max,  # [B * H, pieces, T * R] largest logit, base 2
+    part_sum,  # [B * H, pieces, T * R]
+    old_start,  # [B] copy of window_start: the second launch changes that one
+    T,
+    W,
+    window_rows,  # of a piece
+    scale,
+    rope_factor,
+    H: tl.constexpr,
+    R: tl.constexpr,
+    K: tl.constexpr,
+    V: tl.constexpr,
+    M: tl.constexpr,
+    BM: tl.constexpr,
+    ROWS: tl.constexpr,
+    BN: tl.constexpr,
+    HALF: tl.constexpr,
+    PAIRS: tl.constexpr,
+    EMPTY: tl.constexpr,
+    ROPE: tl.constexpr,
+):
+    piece = tl.program_id(0)
+    bh = tl.program_id(1).to(tl.int64)
+    num_pieces = tl.num_programs(0)
+    part = bh * num_pieces + piece
+    start, seen = tl.load(window_start + bh // H), tl.load(length + bh // H)
+    if piece < M // BM:
+        if (piece == 0) & (bh % H == 0):
+            tl.store(old_start + bh // H, start)
+        _attend_slots(
+            q,
+            k,
+            v,
+            g,
+            slot_keys,
+            slot_values,
+            slot_log_decay,
+            window_keys,
+            window_values,
+            window_log_gates,
+            part_out,
+            part_max,
+            part_sum,
+            piece,
+            bh,
+            part,
+            start,
+            seen,
+            T,
+            W,
+            scale * LOG2_E,
+            H,
+            R,
+            K,
+            V,
+            M,
+            BM,
+            EMPTY,
+        )
+    else:
+        first = (piece - M // BM) * window_rows
+        _attend_window(
+            q,
+            k,
+            v,
+            window_keys,
+            window_values,
+            frequencies,
+            part_out,
+            part_max,
+            part_sum,
+            first,
+            tl.minimum(first + window_rows, W),
+            piece == num_pieces - 1,
+            bh,
+            part,
+            start,
+            seen,
+            T,
+            W,
+            scale * LOG2_E,
+            rope_factor,
+            H,
+            R,
+            K,
+            V,
+            ROWS,
+            BN,
+            HALF,
+            PAIRS,
+            ROPE,
+        )
