@@ -11,11 +11,13 @@ from nha_megatron.config import RunConfig
 from nha_megatron.engine.base import Engine
 from nha_megatron.engine.create import create_engine
 from nha_megatron.engine.deepspeed import DeepSpeedEngine
+from nha_megatron.engine.deepspeed_partitions import read
 from nha_megatron.engine.deepspeed_setup import import_deepspeed
 from nha_megatron.engine.device import choose_device
 from nha_megatron.engine.layout import create_layout
 from nha_megatron.model.parameters import full_from_shards
 from tests.engine.programs import CPU, micro_batches
+from tests.training.small_run import pretrain_on_rank
 
 
 def zero(stage: int, **settings: Any) -> dict[str, Any]:
@@ -27,14 +29,18 @@ def zero(stage: int, **settings: Any) -> dict[str, Any]:
     return {"engine": "deepspeed", "deepspeed": {"zero_optimization": {"stage": stage, **sizes, **settings}}}
 
 
-def make_engine(config: RunConfig) -> Engine:
-    """As in a process of its own: ZeRO 3 numbers modules and weights over the life of a process, and checks that all ranks agree."""
+def as_in_a_new_process() -> None:
+    """ZeRO 3 numbers modules and weights over the life of a process, and all ranks must agree; those of the pool have run more or less."""
     import_deepspeed(CPU)  # before the imports below: for this accelerator
     from deepspeed.runtime.zero.parameter_offload import DeepSpeedZeRoOffload
     from deepspeed.runtime.zero.partition_parameters import Init
 
     DeepSpeedZeRoOffload._register_deepspeed_module.__defaults__[0][0] = 0
     Init.param_id = 0
+
+
+def make_engine(config: RunConfig) -> Engine:
+    as_in_a_new_process()
     device = choose_device(config.training.device)
     return create_engine(config, device, create_layout(config, device))
 
@@ -57,8 +63,6 @@ def train(config: RunConfig, steps: int = 5, **batch_options: Any) -> dict[str, 
 
 def full_weights(engine: DeepSpeedEngine) -> dict[str, torch.Tensor]:
     """The fp32 weights, joined over data, context and tensor ranks. Collective; the same on all ranks."""
-    from nha_megatron.engine.deepspeed_partitions import read
-
     twins = dict(engine._twin.named_parameters())
     full = {}
     for name, parameter in engine.named_parameters():
@@ -67,3 +71,9 @@ def full_weights(engine: DeepSpeedEngine) -> dict[str, torch.Tensor]:
         dist.all_gather(shards, shard.contiguous(), group=engine.layout.groups.tp)
         full[name] = full_from_shards(shards, twins[name]).clone()
     return full
+
+
+def pretrain(plain: dict[str, Any]) -> str | None:
+    """The whole job, in a process that has run others: see `small_run.pretrain_on_rank`."""
+    as_in_a_new_process()
+    return pretrain_on_rank(plain)

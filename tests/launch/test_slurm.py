@@ -11,7 +11,8 @@ import pytest
 import yaml
 
 from tests.distributed import RankPool
-from tests.launch.slurm_cluster import Job, SlurmCluster, needs_deepspeed
+from tests.launch.slurm_cluster import Job, SlurmCluster
+from tests.optional import needs_deepspeed
 from tests.training import small_run
 
 STEPS = 24

@@ -15,7 +15,8 @@ import psutil
 import pytest
 import yaml
 
-from tests.launch.slurm_cluster import PATIENCE_S, ROOT, needs_deepspeed, submit_environment
+from tests.launch.slurm_cluster import PATIENCE_S, ROOT, submit_environment
+from tests.optional import needs_deepspeed
 from tests.training import small_run
 
 pytestmark = pytest.mark.slow
