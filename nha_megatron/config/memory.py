@@ -5,6 +5,8 @@ An estimate from sizes alone. Assumed:
 - Adam's two moments in fp32, with bf16 an fp32 copy of the weights too, all sharded over data x context ranks (distributed optimizer);
 - a fused attention operator that keeps its inputs, its output and the log-sum-exp, so that selective recomputation saves little; the
   `torch` backend keeps more, which selective recomputation then saves;
+- `full` layers over context ranks keep what the exchange brought them: queries, and keys and values of the whole sequence (all_gather)
+  or of whole sequences of some heads (a2a); selective recomputation fetches it again;
 - 1F1B or interleaved micro batches in flight, as Megatron's schedules keep them;
 - a loss that takes tokens a chunk at a time (model/chunked_loss.py): the logits of one chunk, and the gradients it has before the backward.
 Not counted: communication buffers, the allocator's fragmentation, the CUDA context, kernel workspaces.
@@ -13,6 +15,7 @@ Not counted: communication buffers, the allocator's fragmentation, the CUDA cont
 from dataclasses import dataclass
 
 from . import arithmetic
+from .full_layers import kv_copies
 from .model import ModelConfig
 from .parallel import ParallelConfig
 from .run import RunConfig
@@ -80,6 +83,21 @@ def layer_activation_bytes(config: RunConfig, recompute: str) -> int:
     return residual_tokens * residual + tokens * sharded // parallel.tensor
 
 
+def exchanged_bytes(config: RunConfig) -> int:
+    """Bytes that a `full` layer keeps for the backward beside those of any layer, because its context ranks exchange; 0 without ranks."""
+    if config.full_layer_exchange is None:
+        return 0
+    model, parallel = config.model, config.parallel
+    heads, kv_heads = model.num_heads // parallel.tensor, model.num_kv_heads // parallel.tensor
+    ranks = parallel.context
+    if config.full_layer_exchange[0] == "a2a":
+        rows = heads + 2 * kv_heads * kv_copies(heads, kv_heads, ranks)
+    else:
+        rows = heads + 2 * kv_heads * ranks
+    tokens = config.training.micro_batch_size * config.data.sequence_length // ranks
+    return tokens * rows * model.head_dim * _element_bytes(config)
+
+
 def head_bytes(config: RunConfig) -> int:
     """Bytes of the loss on the last stage: logits of a chunk of tokens, gradients of all hidden states and of the output matrix."""
     model, parallel = config.model, config.parallel
@@ -100,9 +118,13 @@ def _stage_memory(config: RunConfig, world_size: int, stage: int) -> RankMemory:
     shards = config.check_world(world_size) * parallel.context
     state = 8 if training.precision == "fp32" else 12
 
-    activations = _layers_in_flight(config, world_size, stage) * layer_activation_bytes(config, training.recompute)
-    if training.recompute != "none":
-        activations += layer_activation_bytes(config, "none")  # the layer that is being computed again
+    passes, full_layers = _passes_in_flight(config, world_size, stage), _full_layers(config, stage)
+    layers = model.num_layers // (parallel.pipeline * (parallel.virtual_pipeline or 1))
+    activations = passes * layers * layer_activation_bytes(config, training.recompute)
+    if training.recompute == "none":
+        activations += passes * full_layers * exchanged_bytes(config)
+    else:  # the layer that is being computed again
+        activations += layer_activation_bytes(config, "none") + (exchanged_bytes(config) if full_layers else 0)
     last = stage == parallel.pipeline - 1
     return RankMemory(
         stage=stage,
@@ -114,13 +136,22 @@ def _stage_memory(config: RunConfig, world_size: int, stage: int) -> RankMemory:
     )
 
 
-def _layers_in_flight(config: RunConfig, world_size: int, stage: int) -> int:
-    """Layers of micro batches whose backward has not run yet, at the fullest moment of the schedule."""
+def _passes_in_flight(config: RunConfig, world_size: int, stage: int) -> int:
+    """Passes of a micro batch through a model chunk whose backward has not run yet, at the fullest moment of the schedule."""
     parallel, micro_batches = config.parallel, config.micro_batches(world_size)
     chunks = parallel.virtual_pipeline or 1
     after = parallel.pipeline - stage - 1
     passes = after + 1 if chunks == 1 else 2 * after + (chunks - 1) * parallel.pipeline + 1
-    return min(passes, micro_batches * chunks) * (config.model.num_layers // (parallel.pipeline * chunks))
+    return min(passes, micro_batches * chunks)
+
+
+def _full_layers(config: RunConfig, stage: int) -> int:
+    """`full` layers of the chunk of this pipeline stage that has most of them."""
+    parallel, windows = config.parallel, config.model.windows
+    chunks = parallel.virtual_pipeline or 1
+    layers = len(windows) // (parallel.pipeline * chunks)
+    begins = [(chunk * parallel.pipeline + stage) * layers for chunk in range(chunks)]
+    return max(windows[begin : begin + layers].count(None) for begin in begins)
 
 
 def _element_bytes(config: RunConfig) -> int:

@@ -2,7 +2,7 @@
 
 import pytest
 
-from nha_megatron.config.memory import estimate_memory, layer_activation_bytes, rank_parameters
+from nha_megatron.config.memory import estimate_memory, exchanged_bytes, layer_activation_bytes, rank_parameters
 from tests.config.cases import run
 
 
@@ -59,6 +59,51 @@ def test_logits_do_not_grow_with_the_sequence():
     # Only the gradient of the hidden states does: 64 channels in bf16.
     assert at_128k - at_8k == (2**17 - 2**13) * 64 * 2
     assert at_128k < 2**29
+
+
+def activations(**sections):
+    return estimate_memory(run(**sections), 2).activations
+
+
+HYBRID, WINDOWS = {"window": "16*3,full"}, {"window": 16}
+TWO_RANKS = {"context": 2}
+
+
+def test_full_layers_keep_what_their_context_ranks_exchange():
+    """4 query and 2 KV heads of 16 channels, 2 rows of 128 tokens over 2 ranks, fp32, one full layer."""
+    row = 2 * 64 * 16 * 4
+    for exchange, heads in (
+        ("all_gather", 4 + 2 * 2 * 2),  # its queries' place, and keys and values of both shards
+        ("a2a", 4 + 2 * 2),  # queries, keys and values of half of the heads, twice the tokens
+    ):
+        parallel = {**TWO_RANKS, "cp_comm_type": exchange}
+        assert activations(model=HYBRID, parallel=parallel) - activations(model=WINDOWS, parallel=TWO_RANKS) == heads * row
+        # Computed again, it is there for one layer at a time.
+        recomputed = {"training": {"recompute": "selective"}}
+        more = activations(model={"window": "full"}, parallel=parallel, **recomputed) - activations(
+            model=WINDOWS, parallel=TWO_RANKS, **recomputed
+        )
+        assert more == heads * row
+        every_layer = activations(model={"window": "full"}, parallel=parallel) - activations(model=WINDOWS, parallel=TWO_RANKS)
+        assert every_layer == 4 * heads * row
+    # Without context ranks nothing is exchanged.
+    assert estimate_memory(run(model=HYBRID), 1).activations == estimate_memory(run(model=WINDOWS), 1).activations
+
+
+def test_gathered_keys_grow_with_the_whole_sequence():
+    sections = {"model": HYBRID, "parallel": {**TWO_RANKS, "cp_comm_type": "all_gather"}}
+    halves = [exchanged_bytes(run(data={"sequence_length": length}, **sections)) for length in (128, 256)]
+    assert halves[1] == 2 * halves[0]
+    # Twice the ranks for twice the tokens: shards as before, and keys and values of twice as many.
+    longer = exchanged_bytes(run(data={"sequence_length": 256}, model=HYBRID, parallel={"context": 4, "cp_comm_type": "all_gather"}))
+    assert longer - halves[0] == 2 * 2 * 2 * (2 * 64 * 16 * 4)
+
+
+def test_the_stage_with_the_full_layers_is_the_fullest():
+    sections = {"model": {"window": "16*3,full", "vocab_size": 1}, "data": {"sequence_length": 4096}}
+    sections["parallel"] = {"context": 2, "pipeline": 4, "cp_comm_type": "all_gather"}
+    sections["training"] = {"global_batch_size": 2}  # one micro batch, so that no stage has several in flight
+    assert estimate_memory(run(**sections), 8).stage == 3
 
 
 def test_sequence_parallelism_divides_what_tensor_parallelism_repeats():
