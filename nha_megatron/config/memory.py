@@ -7,14 +7,18 @@ An estimate from sizes alone. Assumed:
   `torch` backend keeps more, which selective recomputation then saves;
 - `full` layers over context ranks keep what the exchange brought them: queries, and keys and values of the whole sequence (all_gather)
   or of whole sequences of some heads (a2a); selective recomputation fetches it again;
+- under the DeepSpeed engine, sharded over the same ranks too: gradients from ZeRO stage 2 on, weights at stage 3. At stage 1 in bf16
+  gradients exist in both precisions;
 - 1F1B or interleaved micro batches in flight, as Megatron's schedules keep them;
 - a loss that takes tokens a chunk at a time (model/chunked_loss.py): the logits of one chunk, and the gradients it has before the backward.
-Not counted: communication buffers, the allocator's fragmentation, the CUDA context, kernel workspaces.
+Not counted: communication buffers, layers whose weights ZeRO 3 has gathered, the allocator's fragmentation, the CUDA context, kernel
+workspaces.
 """
 
 from dataclasses import dataclass
 
 from . import arithmetic
+from .deepspeed import zero_settings
 from .full_layers import kv_copies
 from .model import ModelConfig
 from .parallel import ParallelConfig
@@ -117,6 +121,9 @@ def _stage_memory(config: RunConfig, world_size: int, stage: int) -> RankMemory:
     parameters = rank_parameters(model, parallel, stage)
     shards = config.check_world(world_size) * parallel.context
     state = 8 if training.precision == "fp32" else 12
+    zero = zero_settings(training)
+    stage_of_zero = 1 if zero is None else zero.stage
+    gradient = 6 if zero is not None and zero.stage == 1 and training.precision == "bf16" else 4
 
     passes, full_layers = _passes_in_flight(config, world_size, stage), _full_layers(config, stage)
     layers = model.num_layers // (parallel.pipeline * (parallel.virtual_pipeline or 1))
@@ -128,8 +135,8 @@ def _stage_memory(config: RunConfig, world_size: int, stage: int) -> RankMemory:
     last = stage == parallel.pipeline - 1
     return RankMemory(
         stage=stage,
-        weights=parameters * element,
-        gradients=parameters * 4,
+        weights=parameters * element // (shards if stage_of_zero == 3 else 1),
+        gradients=parameters * gradient // (shards if stage_of_zero >= 2 else 1),
         optimizer=parameters * state // shards,
         activations=activations,
         head=head_bytes(config) if last else 0,

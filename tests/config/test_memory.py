@@ -32,6 +32,25 @@ def test_weights_gradients_and_optimizer_state_by_hand():
     assert (sharded.weights, sharded.gradients, sharded.optimizer) == (2 * parameters, 4 * parameters, 3 * parameters)
 
 
+@pytest.mark.parametrize(
+    ("stage", "precision", "expected"),
+    # Bytes a parameter of weights, gradients and optimizer state; 4 ranks share what the stage shards.
+    [
+        (1, "fp32", (4, 4, 8 / 4)),
+        (2, "fp32", (4, 4 / 4, 8 / 4)),
+        (3, "fp32", (4 / 4, 4 / 4, 8 / 4)),
+        (1, "bf16", (2, 2 + 4, 12 / 4)),
+        (2, "bf16", (2, 4 / 4, 12 / 4)),
+        (3, "bf16", (2 / 4, 4 / 4, 12 / 4)),
+    ],
+)
+def test_what_a_stage_of_zero_shards(stage, precision, expected):
+    settings = {"engine": "deepspeed", "deepspeed": {"zero_optimization": {"stage": stage}}, "precision": precision}
+    memory = estimate_memory(run(training=settings, parallel={"context": 2}), 4)
+    parameters = run().model.num_parameters()
+    assert (memory.weights, memory.gradients, memory.optimizer) == tuple(count * parameters for count in expected)
+
+
 def test_recomputation_keeps_less():
     none, selective, full = (layer_activation_bytes(run(), recompute) for recompute in ("none", "selective", "full"))
     assert none > selective > full == 2 * 128 * 64 * 4  # the input of the layer: 2 sequences of 128 tokens, 64 channels, fp32
