@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from nha_kernels import Memory, nha_attention
+from nha_kernels.chunked import chunked_attention
 from nha_kernels.triton.flash import Bounds
 
 
@@ -140,3 +141,36 @@ def test_window_by_another_kernel_equals_torch(name: str, monkeypatch: pytest.Mo
     for part, exact in expected.items():
         error = (actual[part] - exact).norm() / exact.norm().clamp(min=1e-6)
         assert error <= TOLERANCE, (part, error.item())
+
+
+@pytest.mark.parametrize("empty_slots", ["attend", "mask"])
+def test_full_attention_by_another_library_equals_torch(empty_slots: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`full` layers with a dense stand-in for cuDNN. Dispatch refuses float32 there, so the backend's function is called itself."""
+    from nha_kernels.triton import attention, merged_attention
+    from nha_kernels.triton.flash import sequence_bounds
+
+    def bounds_of(q: Tensor) -> Bounds:
+        return sequence_bounds(q.shape[0], q.shape[1], 0, torch.zeros(q.shape[0], dtype=torch.int64), None)
+
+    def forward(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor, list[Tensor | None]]:
+        return *dense_forward(q, k, v, bounds_of(q), None, scale), [None, None]
+
+    def backward(d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, _: list, scale: float) -> tuple[Tensor, ...]:
+        return dense_backward(d_out, q, k, v, out, lse, bounds_of(q), None, scale)
+
+    monkeypatch.setattr(merged_attention, "full_attention_kernel", lambda *_, one_document: "cudnn" if one_document else "flash")
+    monkeypatch.setattr(merged_attention, "cudnn_forward", forward)
+    monkeypatch.setattr(merged_attention, "cudnn_backward", backward)
+    generator = torch.Generator().manual_seed(4)
+    inputs = [torch.randn(2, 9, heads, dim, generator=generator) for heads, dim in ((4, 64), (2, 64), (2, 64), (2, 16))]
+    inputs[3] = logsigmoid(inputs[3])
+    options = {"rope": torch.rand(32, generator=generator), "rope_attention_factor": 1.3, "empty_slots": empty_slots}
+    more = {"window": None, "scale": 0.1, "cu_seqlens": None, "memory": None}
+    results = []
+    for function in (attention.triton_attention, chunked_attention):
+        leaves = [x.clone().requires_grad_() for x in inputs]
+        out, _ = function(*leaves, **options, **more)
+        weight = torch.randn(out.shape, generator=torch.Generator().manual_seed(1))
+        results.append([out, *torch.autograd.grad((out * weight).sum(), leaves[:3])])
+    for given, exact in zip(*results, strict=True):
+        assert (given - exact).norm() <= TOLERANCE * exact.norm()

@@ -11,6 +11,7 @@ import os
 import torch
 from torch import Tensor
 
+from .full_attention import full_attention_kernel
 from .problem import Tiles
 
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
@@ -94,7 +95,8 @@ def explain_dispatch(q: Tensor, k: Tensor, v: Tensor, g: Tensor, *, window: int 
     if reason is not None:
         return f"torch: {reason}"
     if window is None:
-        return "triton: PyTorch's flash kernel; slots are never written"
+        kernels = {"cudnn": "cuDNN's attention, with documents PyTorch's flash kernel", "flash": "PyTorch's flash kernel"}
+        return f"triton: {kernels[full_attention_kernel(q, v, one_document=True)]}; slots are never written"
     tiles = choose_tiles(q, k, v, g, window)
     if window > WIDEST_FUSED_WINDOW:
         return f"triton: window by PyTorch's flash kernel, slots fused, {tiles}"

@@ -1,4 +1,4 @@
-"""Wide windows and full attention: the window by PyTorch's flash kernel, the slots by ours, one softmax over both by their log-sum-exps."""
+"""Wide windows and full attention: the window by a library's kernel, the slots by ours, one softmax over both by their log-sum-exps."""
 
 import math
 from dataclasses import dataclass
@@ -12,6 +12,7 @@ from .backward_reads import backward_reads
 from .backward_writes import backward_writes
 from .flash import Bounds, flash_backward, flash_forward
 from .forward import forward
+from .full_attention import cudnn_backward, cudnn_forward, full_attention_kernel
 from .problem import Problem, Tiles, empty_gradients
 from .states import SegmentStarts, chunk_states, segment_starts
 
@@ -26,7 +27,9 @@ class MergedOptions:
 
 
 class MergedAttention(torch.autograd.Function):
-    """Output [B, T, HQ, V] and, unless the window is full, the slots after the last token [B, H, M, K+V+1]."""
+    """Output [B, T, HQ, V] and, unless the window is full, the slots after the last token [B, H, M, K+V+1].
+
+    `start` is None where one document fills every row of the batch."""
 
     @staticmethod
     def forward(
@@ -43,7 +46,12 @@ class MergedAttention(torch.autograd.Function):
         options: MergedOptions,
     ) -> tuple[Tensor, Tensor | None]:
         q, k, v, g, rotated_q, rotated_k = (x.contiguous() for x in (q, k, v, g, rotated_q, rotated_k))
-        window_out, window_lse = flash_forward(rotated_q, rotated_k, v, bounds, options.window, options.scale)
+        ctx.by_cudnn = options.window is None and full_attention_kernel(q, v, one_document=start is None) == "cudnn"
+        random_state: list[Tensor | None] = []
+        if ctx.by_cudnn:
+            window_out, window_lse, random_state = cudnn_forward(rotated_q, rotated_k, v, options.scale)
+        else:
+            window_out, window_lse = flash_forward(rotated_q, rotated_k, v, bounds, options.window, options.scale)
         problem, starts, final = None, None, None
         if options.window is None:
             slot_out = None
@@ -61,7 +69,7 @@ class MergedAttention(torch.autograd.Function):
             out = out + torch.exp(slot_lse - lse)[..., None] * slot_out
         out = out.to(q.dtype).contiguous()
         kept = (None, None) if starts is None else (starts.slots, starts.log_decay)
-        ctx.save_for_backward(q, k, v, g, rotated_q, rotated_k, start, *bounds, out, lse, *kept)
+        ctx.save_for_backward(q, k, v, g, rotated_q, rotated_k, start, *bounds, out, lse, *kept, *random_state)
         ctx.options = options
         ctx.chunks_per_segment = 0 if starts is None else starts.chunks_per_segment
         ctx.has_initial = initial is not None
@@ -71,11 +79,14 @@ class MergedAttention(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, d_out: Tensor | None, d_final: Tensor | None) -> tuple[Tensor | None, ...]:
-        q, k, v, g, rotated_q, rotated_k, start, queries, rows, out, lse, slots, log_decay = ctx.saved_tensors
+        q, k, v, g, rotated_q, rotated_k, start, queries, rows, out, lse, slots, log_decay, *random_state = ctx.saved_tensors
         bounds = Bounds(queries, rows)
         options: MergedOptions = ctx.options
         d_out = torch.zeros_like(out) if d_out is None else d_out.contiguous()
-        d_rotated = flash_backward(d_out, rotated_q, rotated_k, v, out, lse, bounds, options.window, options.scale)
+        if ctx.by_cudnn:
+            d_rotated = cudnn_backward(d_out, rotated_q, rotated_k, v, out, lse, random_state, options.scale)
+        else:
+            d_rotated = flash_backward(d_out, rotated_q, rotated_k, v, out, lse, bounds, options.window, options.scale)
         if options.window is None:
             return None, None, d_rotated[2], torch.zeros_like(g), d_rotated[0], d_rotated[1], None, None, None, None
         p = _problem(q, k, v, g, start, options)
