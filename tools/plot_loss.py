@@ -8,6 +8,7 @@ and, when given, the loss of a unigram model of the corpus as a line to fall bel
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -80,7 +81,7 @@ def read_losses(metrics: Path) -> tuple[list[int], list[float], list[int], list[
     evaluated = [record for record in records if "validation_loss" in record]
     return (
         [record["step"] for record in records],
-        [record["loss"] for record in records],
+        [math.nan if record["loss"] is None else record["loss"] for record in records],  # None: not finite, a gap
         [record["step"] for record in evaluated],
         [record["validation_loss"] for record in evaluated],
     )

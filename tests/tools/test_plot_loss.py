@@ -38,6 +38,15 @@ def test_without_a_baseline_there_is_no_such_line(run: Path) -> None:
     assert (0x00, 0x9E, 0x73) not in colours(run / "deep" / "curve.png")
 
 
+def test_a_loss_that_was_not_finite_is_a_gap(run: Path) -> None:
+    lines = (run / "metrics.jsonl").read_text().splitlines(keepends=True)
+    lines[7] = json.dumps({"step": 8, "loss": None}) + "\n"
+    (run / "metrics.jsonl").write_text("".join(lines))
+    result = call(str(run))
+    assert result.returncode == 0, result.stderr
+    assert (0x00, 0x72, 0xB2) in colours(run / "loss.png")
+
+
 def test_a_run_without_metrics_is_one_message(tmp_path: Path) -> None:
     result = call(str(tmp_path))
     assert result.returncode == 2 and "metrics.jsonl does not exist" in result.stderr and "Traceback" not in result.stderr
