@@ -2,6 +2,8 @@
 
     PYTHONPATH=kernels python kernels/benchmarks/bench.py [--output kernels/benchmarks/results] [--lengths 2048,8192] [--heads 32/8,16/16]
 
+The published composition (published.py) is timed too where fla-core is installed: pip install -e ".[benchmark]".
+
 Milliseconds are medians between device events. `graph` replays a captured CUDA graph, `eager` includes what the host cannot hide.
 The floor is max(FLOP / matrix rate, bytes / copy rate) with both rates measured here:
 FLOP = 2 T (K+V) (HQ (M + W) + H M) forward and 2.5 times that backward; bytes = q, k, v, g, out once forward, and
@@ -19,6 +21,7 @@ from typing import Any
 import torch
 import triton
 from check import Case, check
+from published import published_composition
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import logsigmoid, scaled_dot_product_attention
@@ -114,6 +117,9 @@ def contestants(tokens: int, query_heads: int, kv_heads: int) -> dict[str, tuple
         "cudnn": (full(SDPBackend.CUDNN_ATTENTION), [q, k, v], gradient),
         "flash": (full(SDPBackend.FLASH_ATTENTION), [q, k, v], gradient),
     }
+    published = published_composition(WINDOW, DIM**-0.5)
+    if published is not None:
+        found["published"] = (published, [q, k, v, g], gradient)
     return found
 
 
@@ -184,7 +190,11 @@ def main() -> None:
         for tokens in map(int, arguments.lengths.split(",")):
             floors = floor_ms(rates, tokens, query_heads, kv_heads)
             for name, (function, leaves, gradient) in contestants(tokens, query_heads, kv_heads).items():
-                times = time_one(function, leaves, gradient, graphs=tokens <= 32768)
+                try:
+                    times = time_one(function, leaves, gradient, graphs=tokens <= 32768)
+                except torch.OutOfMemoryError:
+                    print(f"{query_heads}/{kv_heads} T {tokens:>6} {name}: does not fit this GPU", flush=True)
+                    continue
                 row = {"name": name, "heads": f"{query_heads}/{kv_heads}", "tokens": tokens, **times}
                 row |= {"floor_forward": floors[0], "floor_both": floors[1]}
                 rows.append(row)
