@@ -34,7 +34,7 @@ RUNS: dict[str, dict[str, dict[str, Any]]] = {
     "zero2_bf16": {"training": training(2, precision="bf16")},
     "zero3_tp2": {"training": training(3), "parallel": {"tensor": 2, "sequence": True}},
 }
-SLOW = ("zero1", "zero2_bf16")
+SLOW = ("zero1", "zero2_bf16", "zero3_tp2")
 
 
 def run(ranks: RankPool, folder: Path, name: str, sections: dict[str, Any], world: int = 2) -> None:
@@ -78,6 +78,7 @@ def test_a_run_interrupted_and_whole(ranks: RankPool, folder: Path, megatron: st
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in theirs)
 
 
+@pytest.mark.slow
 def test_the_other_engine_goes_on(ranks: RankPool, folder: Path, megatron: str) -> None:
     """A run of the Megatron engine, stopped after step 3, is finished by ZeRO 3."""
     shutil.copytree(folder / megatron, folder / "switched")
