@@ -232,9 +232,9 @@ def attend_pieces(
     EMPTY: tl.constexpr,
     ROPE: tl.constexpr,
 ):
-    piece = tl.program_id(0)
-    bh = tl.program_id(1).to(tl.int64)
-    num_pieces = tl.num_programs(0)
+    bh = tl.program_id(0).to(tl.int64)
+    piece = tl.program_id(1)
+    num_pieces = tl.num_programs(1)
     part = bh * num_pieces + piece
     start, seen = tl.load(window_start + bh // H), tl.load(length + bh // H)
     if piece < M // BM:

@@ -50,8 +50,8 @@ def merge_pieces(
     SLOTS: tl.constexpr,  # powers of two that hold M and the pieces
     PIECES: tl.constexpr,
 ):
-    row = tl.program_id(0)
-    bh = tl.program_id(1).to(tl.int64)
+    bh = tl.program_id(0).to(tl.int64)
+    row = tl.program_id(1)
     b, h = bh // H, bh % H
     token, head = row // R, row % R
     piece = tl.arange(0, PIECES)
@@ -114,7 +114,7 @@ def decode_step(
     pairs = 0 if rope is None else rope.shape[0]
     sizes = {"H": kv_heads, "R": group, "K": key_dim, "V": value_dim, "M": num_slots}
     parts = (part_out, part_max, part_sum, old_start)
-    attend_pieces[(pieces, batch * kv_heads)](
+    attend_pieces[(batch * kv_heads, pieces)](
         q,
         k,
         v,
@@ -142,7 +142,7 @@ def decode_step(
         num_stages=1 if exact or wide else 2,
         maxnreg=None if exact or wide or num_tokens * group > 16 else _REGISTERS,
     )
-    merge_pieces[(num_tokens * group, batch * kv_heads)](
+    merge_pieces[(batch * kv_heads, num_tokens * group)](
         k,
         v,
         g,
