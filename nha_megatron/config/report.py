@@ -1,12 +1,14 @@
 """What `check` prints about a configuration."""
 
+import math
+
 from . import arithmetic
 from .full_layers import exchange_bytes
 from .inputs import missing_inputs
 from .load import dump_config
 from .memory import RankMemory, estimate_memory
 from .run import RunConfig
-from .stage_plan import Stage, plan_stages
+from .stage_plan import Stage, plan_phases, plan_stages
 from .windows import describe_windows
 
 
@@ -15,8 +17,8 @@ def check_report(config: RunConfig, world_size: int | None = None) -> str:
 
     Without a world size the smallest world that fits is described. Raises `ConfigError` when the world does not fit.
     """
-    world = config.parallel.model_ranks if world_size is None else world_size
     stages = plan_stages(config)
+    world = math.lcm(*(stage.config.parallel.model_ranks for stage in stages)) if world_size is None else world_size
     facts = {
         "model": _model_lines(config, stages),
         f"layout of {world} ranks" + ("" if world_size else ", the fewest"): _layout_lines(config, world),
@@ -48,10 +50,14 @@ def _model_lines(config: RunConfig, stages: tuple[Stage, ...]) -> list[str]:
 
 
 def _layout_lines(config: RunConfig, world: int) -> list[str]:
-    parallel, data = config.parallel, config.check_world(world)
-    return [
-        f"tensor {parallel.tensor} x context {parallel.context} x data {data} x pipeline {parallel.pipeline}; tensor ranks are neighbours"
-    ]
+    config.check_world(world)
+    phases = plan_phases(config)
+    lines = []
+    for stages in phases:
+        parallel = stages[0].config.parallel
+        text = f"tensor {parallel.tensor} x context {parallel.context} x data {parallel.data(world)} x pipeline {parallel.pipeline}"
+        lines.append(f"{text}, from step {stages[0].steps_before + 1:,}" if len(phases) > 1 else text)
+    return [*lines, "tensor ranks are neighbours"]
 
 
 def _stage_lines(stage: Stage, world: int) -> list[str]:

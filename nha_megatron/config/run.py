@@ -160,11 +160,11 @@ class RunConfig(Section):
 
     def check_world(self, world_size: int) -> int:
         """Data-parallel size in a world of that many ranks. Raises `ConfigError` when the world does not fit."""
-        data = self.parallel.data(world_size)
         problems = []
         for stage in plan_stages(self):
-            found = consistency.world_problems(stage.config.training, stage.config.parallel, data)
+            parallel = stage.config.parallel
+            found = consistency.world_problems(stage.config.training, parallel, parallel.data(world_size))
             problems += found if stage.number == 1 else [f"training.stages.{stage.number - 2}: {problem}" for problem in found]
         if problems:
             raise ConfigError(problems_message(f"world size {world_size}", problems))
-        return data
+        return self.parallel.data(world_size)

@@ -1,6 +1,7 @@
 """The configuration of each stage of a run, and when it holds."""
 
 from dataclasses import dataclass
+from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
@@ -49,6 +50,12 @@ def plan_stages(config: "RunConfig") -> tuple[Stage, ...]:
     plan = _plan(config)
     assert not isinstance(plan, list), plan
     return plan
+
+
+def plan_phases(config: "RunConfig") -> tuple[tuple[Stage, ...], ...]:
+    """The stages, grouped into runs of neighbours that one built model serves: same parallel sizes, same recomputation."""
+    groups = groupby(plan_stages(config), key=lambda stage: (stage.config.parallel, stage.config.training.recompute))
+    return tuple(tuple(stages) for _, stages in groups)
 
 
 def stage_at(config: "RunConfig", step: int) -> Stage:
@@ -111,6 +118,11 @@ def _order_problems(config: "RunConfig", begins: list[tuple[int, int]]) -> list[
     """Offsets that do not ascend, stages without a step, stages after the end of the run."""
     problems = []
     entries = config.training.stages or []
+    if config.training.engine == "deepspeed" and any(entry.context or entry.recompute for entry in entries):
+        problems.append(
+            "training.stages: context and recompute build the model anew, which training.engine deepspeed does not do within a run; use "
+            "engine megatron, or change parallel.context between two starts of the run"
+        )
     for index, entry in enumerate(entries):
         before, offset = entries[index - 1].from_tokens if index else 0, entry.from_tokens
         if offset <= before:

@@ -44,6 +44,11 @@ class StageConfig(Section):
     """training.micro_batch_size."""
     global_batch_size: Positive | None = None
     """training.global_batch_size."""
+    context: Positive | None = None
+    """parallel.context; the world stays, so data parallelism changes against it. The run is saved before the stage and the model built anew
+    from there, in the same processes."""
+    recompute: Literal["none", "selective", "full"] | None = None
+    """training.recompute; the model is built anew, as with `context`."""
     optimizer: StageSchedule | None = None
     """A schedule of its own, from the stage's first step to the last one before the next stage that has its own. null: the schedule of
     the stage before goes on, over the steps of both."""
@@ -53,10 +58,11 @@ class StageConfig(Section):
         data = {name: getattr(self, name) for name in ("sequence_length", "packing") if getattr(self, name) is not None}
         if self.path is not None:
             data["path"] = self.path if isinstance(self.path, str) else [entry.model_dump() for entry in self.path]
-        sizes = ("micro_batch_size", "global_batch_size")
+        names = ("micro_batch_size", "global_batch_size", "recompute")
         return {
+            "parallel": {} if self.context is None else {"context": self.context},
             "data": data,
-            "training": {name: getattr(self, name) for name in sizes if getattr(self, name) is not None},
+            "training": {name: getattr(self, name) for name in names if getattr(self, name) is not None},
             "optimizer": {} if self.optimizer is None else self.optimizer.model_dump(),
         }
 

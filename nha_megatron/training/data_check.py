@@ -8,13 +8,10 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
-from nha_megatron.checkpoint.collective import on_rank_zero
-from nha_megatron.checkpoint.files import write_atomically
 from nha_megatron.config import ConfigError, RunConfig
 from nha_megatron.data.verify import CheckedFile, Depth, verify_data
 from nha_megatron.engine.layout import Layout
@@ -22,8 +19,8 @@ from nha_megatron.engine.layout import Layout
 _POLL_S = 0.2
 
 
-def check_data(config: RunConfig, layout: Layout, say: Callable[[str], None]) -> None:
-    """Compares the token files with their checksums (data/verify.py); writes what was checked to data.json in the run's folder. Collective.
+def check_data(config: RunConfig, layout: Layout, say: Callable[[str], None]) -> list[CheckedFile]:
+    """Compares the token files with their checksums (data/verify.py); returns what was checked, on ranks that read. Collective.
 
     Every node may have a copy of its own, so the first process of each node reads. Raises `ConfigError` on all ranks when one of them
     finds a file that is not what was prepared.
@@ -46,21 +43,19 @@ def check_data(config: RunConfig, layout: Layout, say: Callable[[str], None]) ->
     found = next((problem for problem in problems if problem is not None), None)
     if found is not None:
         raise ConfigError(found)
-    record = Path(config.logging.directory) / "data.json"
-    on_rank_zero(f"logging.directory {record.parent} cannot be used", lambda: _write(record, config, files))
     say(_summary(files))
+    return files
+
+
+def describe_checked(config: RunConfig, files: list[CheckedFile]) -> str:
+    """The text of data.json."""
+    return json.dumps({"verify": config.data.verify, "files": [file._asdict() for file in files]}, indent=1) + "\n"
 
 
 def _all_ranks(done: bool, device: torch.device) -> bool:
     flag = torch.tensor([int(done)], dtype=torch.int32, device=device)
     dist.all_reduce(flag, op=dist.ReduceOp.MIN)
     return bool(flag.item())
-
-
-def _write(path: Path, config: RunConfig, files: list[CheckedFile]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    content = {"verify": config.data.verify, "files": [file._asdict() for file in files]}
-    write_atomically(path, json.dumps(content, indent=1) + "\n")
 
 
 def _summary(files: list[CheckedFile]) -> str:

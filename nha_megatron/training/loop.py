@@ -49,11 +49,12 @@ def train(
     reporter: Reporter | None,
     saver: CheckpointSaver,
     watch: StallWatch,
+    until: int,
 ) -> signal.Signals | None:
-    """Trains from `progress`, which it advances, to `training.steps`; saves on the way and at the end.
+    """Trains from `progress`, which it advances, to step `until`; saves on the way and at the end.
 
     The data position follows from the step alone (training/stage_data.py).
-    Returns the signal that ended the run early, with the run saved, or None when it is complete.
+    Returns the signal that ended the run early, with the run saved, or None when it is there.
     Raises `TrainingError` when the guards give the run up (training/guards.py). Collective over all ranks.
     """
     total = config.training.steps
@@ -63,7 +64,7 @@ def train(
     clock = WorkClock(list(modules_without_collectives(engine.model_chunks, layout, config.parallel.sequence)), layout.device)
     ranks = RankReports(layout, config.guards.slow_rank_ratio)
     with StopRequest() as stop:
-        while progress.step < total:
+        while progress.step < until:
             step = progress.step + 1
             stage = next(stage for stage in stages if step <= stage.last_step)
             if data.stage is not stage:
@@ -126,7 +127,7 @@ def train(
 
             watch.enter(step, "checkpoint")
             saver.poll()
-            last = stopped_by is not None or step == total
+            last = stopped_by is not None or step == until
             owed = owed or _due(step, config.checkpoint.every, total)
             if last and result.skipped:
                 require_finite_weights(engine, step)

@@ -2,6 +2,7 @@
 
 <logging.directory>/
     config.yaml       the resolved configuration
+    data.json         token files, their checksums, and how far they were compared
     metrics.jsonl     one object a step
     tensorboard/
     checkpoints/      step_N/ with manifests, latest
@@ -9,25 +10,38 @@
 
 from __future__ import annotations
 
+import gc
 import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 
-from nha_megatron.checkpoint import CheckpointError, CheckpointSaver, Progress, find_newest, load_checkpoint, load_weights, resolve
+from nha_megatron.checkpoint import (
+    CheckpointError,
+    CheckpointSaver,
+    Progress,
+    find_newest,
+    load_checkpoint,
+    load_weights,
+    read_manifest,
+    resolve,
+)
 from nha_megatron.checkpoint.collective import on_rank_zero
-from nha_megatron.checkpoint.files import published_steps
+from nha_megatron.checkpoint.files import published_steps, step_directory, write_atomically
 from nha_megatron.config import RunConfig, save_resolved
 from nha_megatron.config.deepspeed import zero_settings
+from nha_megatron.config.stage_plan import Stage, plan_phases
 from nha_megatron.data.identity import data_identity
+from nha_megatron.data.verify import CheckedFile
 from nha_megatron.engine.base import Engine
 from nha_megatron.engine.create import create_engine
 from nha_megatron.engine.device import choose_device
 from nha_megatron.engine.layout import Layout, create_layout
 from nha_megatron.training.console import Console
-from nha_megatron.training.data_check import check_data
+from nha_megatron.training.data_check import check_data, describe_checked
 from nha_megatron.training.guards import TrainingError
 from nha_megatron.training.loop import Reporter, train
 from nha_megatron.training.metrics import MetricsLog
@@ -43,48 +57,86 @@ def pretrain(config: RunConfig) -> signal.Signals | None:
     mistake and `TrainingError` when the numbers fail.
     """
     joined_here = not dist.is_initialized()
-    layout = create_layout(config, choose_device(config.training.device))
+    phases = plan_phases(config)
+    layout = create_layout(phases[0][0].config, choose_device(config.training.device))
     say = print if layout.rank == 0 else _ignore
+    config.check_world(layout.world_size)
+    files = check_data(config, layout, say)
+    checkpoint = newest_checkpoint(config, say)
+    step = 0 if checkpoint is None else read_manifest(checkpoint).step
     stopped_by = None
-    with StageData(config, layout) as data:
-        check_data(config, layout, say)
-        engine = create_engine(config, layout.device, layout)
-        say(f"{layout.describe()} on {layout.device.type}, {config.model.num_parameters():,} parameters")
-        zero = zero_settings(config.training)
-        if zero is not None:
-            say(f"engine deepspeed, ZeRO stage {zero.stage}")
-        if config.full_layer_exchange is not None:
-            exchange, reason = config.full_layer_exchange
-            say(f"full-attention layers over {layout.cp_size} context ranks: {exchange}, because {reason}")
-        identity = data_identity(config)
-        progress = start(config, engine, identity, say)
-        if progress.step >= config.training.steps:
-            say(f"the run is complete: step {progress.step} of {config.training.steps}. Raise training.steps to train further")
-        else:
-            stopped_by = run(config, engine, layout, data, identity, progress, say)
+    while True:
+        phase = next((phase for phase in phases if step < phase[-1].last_step), phases[-1])
+        if phase is not phases[0]:
+            layout = create_layout(phase[0].config, layout.device)
+        step, stopped_by = run_phase(config, phase, layout, files, checkpoint, say)
+        if stopped_by or step >= config.training.steps:
+            break
+        checkpoint = step_directory(config.checkpoint_directory, step)
+        # The engine is a cycle of references; its memory is needed for the next one.
+        gc.collect()
+        if layout.device.type == "cuda":
+            torch.cuda.empty_cache()
     if joined_here:
         leave(config, layout)
     return stopped_by
 
 
-def start(config: RunConfig, engine: Engine, identity: dict[str, Any], say: Callable[[str], None]) -> Progress:
-    """Where the run begins: the newest checkpoint of its folder, the weights of `model.init_from`, or fresh weights.
+def run_phase(
+    config: RunConfig,
+    phase: tuple[Stage, ...],
+    layout: Layout,
+    files: list[CheckedFile],
+    checkpoint: Path | None,
+    say: Callable[[str], None],
+) -> tuple[int, signal.Signals | None]:
+    """Builds the model, continues from `checkpoint` or starts anew, and trains to the end of the last stage of `phase`.
 
-    `identity`: what the run reads; a checkpoint of a run on other data is refused unless `checkpoint.other_data` accepts it.
+    Returns the step that the run has come to, and the signal that ended it early, if one did; both saved.
     """
+    built = phase[0].config
+    with StageData(config, layout) as data:
+        engine = create_engine(built, layout.device, layout)
+        say(f"{layout.describe()} on {layout.device.type}, {config.model.num_parameters():,} parameters")
+        zero = zero_settings(config.training)
+        if zero is not None:
+            say(f"engine deepspeed, ZeRO stage {zero.stage}")
+        if built.full_layer_exchange is not None:
+            exchange, reason = built.full_layer_exchange
+            say(f"full-attention layers over {layout.cp_size} context ranks: {exchange}, because {reason}")
+        identity = data_identity(config)
+        progress = start(config, engine, checkpoint, identity, say)
+        if progress.step >= config.training.steps:
+            say(f"the run is complete: step {progress.step} of {config.training.steps}. Raise training.steps to train further")
+            return progress.step, None
+        on_rank_zero(f"logging.directory {config.logging.directory} cannot be used", lambda: prepare_folder(config, files))
+        stopped_by = run(config, engine, layout, data, identity, progress, phase[-1].last_step, say)
+        return progress.step, stopped_by
+
+
+def newest_checkpoint(config: RunConfig, say: Callable[[str], None]) -> Path | None:
+    """The checkpoint to continue from. Raises `CheckpointError` when there are some and `checkpoint.resume` is false."""
     root = config.checkpoint_directory
     if config.checkpoint.resume:
-        newest = find_newest(root, say)
-        if newest is not None:
-            expected = identity if config.checkpoint.other_data == "refuse" else None
-            progress = load_checkpoint(newest, engine, config.model_dump(mode="json"), expected)
-            say(f"resumed from {newest}: step {progress.step}, {progress.tokens:,} tokens")
-            return progress
-    elif published_steps(root):
+        return find_newest(root, say)
+    if published_steps(root):
         raise CheckpointError(
             f"checkpoint.resume is false, but {root} already holds checkpoints, which a later resume would mix up with this run's. "
             "Choose another logging.directory, delete them, or set checkpoint.resume=true"
         )
+    return None
+
+
+def start(config: RunConfig, engine: Engine, checkpoint: Path | None, identity: dict[str, Any], say: Callable[[str], None]) -> Progress:
+    """Where the run begins: the checkpoint, the weights of `model.init_from`, or fresh weights.
+
+    `identity`: what the run reads; a checkpoint of a run on other data is refused unless `checkpoint.other_data` accepts it.
+    """
+    if checkpoint is not None:
+        expected = identity if config.checkpoint.other_data == "refuse" else None
+        progress = load_checkpoint(checkpoint, engine, config.model_dump(mode="json"), expected)
+        say(f"resumed from {checkpoint}: step {progress.step}, {progress.tokens:,} tokens")
+        return progress
     if config.model.init_from is not None:
         load_initial_weights(Path(config.model.init_from), config, engine)
         say(f"weights taken from {config.model.init_from}")
@@ -102,6 +154,13 @@ def load_initial_weights(path: Path, config: RunConfig, engine: Engine) -> None:
         load_weights(resolve(path), engine)
 
 
+def prepare_folder(config: RunConfig, files: list[CheckedFile]) -> None:
+    """What a run writes before its first step: the resolved configuration, and what was checked of its data."""
+    directory = Path(config.logging.directory)
+    save_resolved(config, directory / "config.yaml")
+    write_atomically(directory / "data.json", describe_checked(config, files))
+
+
 def run(
     config: RunConfig,
     engine: Engine,
@@ -109,11 +168,10 @@ def run(
     data: StageData,
     identity: dict[str, Any],
     progress: Progress,
+    until: int,
     say: Callable[[str], None],
 ) -> signal.Signals | None:
-    """Trains from `progress` to the end, or until a signal that stops the run, which is returned."""
-    directory = Path(config.logging.directory)
-    on_rank_zero(f"logging.directory {directory} cannot be used", lambda: save_resolved(config, directory / "config.yaml"))
+    """Trains from `progress` to step `until`, or until a signal that stops the run, which is returned."""
     resolved = config.model_dump(mode="json")
     reporter = None
     if layout.rank == 0:
@@ -124,7 +182,7 @@ def run(
         with StallWatch(layout.rank, layout.world_size, config.training.stall_seconds) as watch:
             saver = CheckpointSaver(config.checkpoint_directory, engine, resolved, config.checkpoint, say, watch.moved, identity)
             try:
-                stopped_by = train(config, engine, layout, data, progress, reporter, saver, watch)
+                stopped_by = train(config, engine, layout, data, progress, reporter, saver, watch, until)
             except TrainingError:  # on all ranks together; what is being written is from before
                 saver.wait()
                 raise

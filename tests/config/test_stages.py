@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from nha_megatron.config import ConfigError, parse_config
 from nha_megatron.config.report import check_report
-from nha_megatron.config.stage_plan import plan_stages, stage_at
+from nha_megatron.config.stage_plan import plan_phases, plan_stages, stage_at
 from nha_megatron.config.stages import begun_stages, first_steps
 from tests.config.cases import run
 
@@ -109,7 +109,33 @@ def test_a_schedule_goes_on_through_stages_until_one_brings_its_own() -> None:
     assert plan[3].config.optimizer.betas == (0.8, 0.9)  # but what is no schedule stays
 
 
+def test_a_new_layout_or_recomputation_needs_the_model_built_anew() -> None:
+    config = staged(
+        {"from_tokens": 2 * STEP, "sequence_length": 256},
+        {"from_tokens": 4 * STEP, "context": 2},
+        {"from_tokens": 6 * STEP, "sequence_length": 512},
+        {"from_tokens": 10 * STEP, "recompute": "full"},
+        training={"steps": 20},
+    )
+    assert [[stage.number for stage in phase] for phase in plan_phases(config)] == [[1, 2], [3, 4], [5]]
+    # Four ranks: four data parallel, later two of them with two context ranks each.
+    assert config.check_world(4) == 4
+    assert [stage.config.check_world(4) for stage in plan_stages(config)] == [4, 4, 2, 2, 2]
+    assert "tensor 1 x context 1 x data 2 x pipeline 1, from step 1\n" in check_report(config)  # the fewest ranks that fit all stages
+    assert "tensor 1 x context 2 x data 1 x pipeline 1, from step 4\n" in check_report(config)
+
+
 REFUSED = {
+    "context that does not fit the length": (
+        [{"from_tokens": 2000, "context": 3}],
+        {},
+        "training.stages.0: data.sequence_length 128 is not a multiple of parallel.context 3",
+    ),
+    "a new layout under DeepSpeed": (
+        [{"from_tokens": 2000, "context": 2}],
+        {"training": {"engine": "deepspeed"}},
+        "context and recompute build the model anew, which training.engine deepspeed does not do within a run",
+    ),
     "not ascending": ([{"from_tokens": 2000}, {"from_tokens": 2000}], {}, "training.stages.1.from_tokens 2,000 is not after"),
     "no step": (
         [{"from_tokens": 1}, {"from_tokens": 1024}],
@@ -173,6 +199,8 @@ def test_a_stage_that_cannot_be_run_is_refused(stages: list[dict[str, Any]], sec
 def test_every_stage_must_fit_the_world() -> None:
     config = staged({"from_tokens": 2000, "global_batch_size": 4})
     assert config.check_world(2) == 2
+    with pytest.raises(ConfigError, match="world size 3: must be a multiple of tensor 1 x pipeline 1 x context 2"):
+        staged({"from_tokens": 2000, "context": 2}).check_world(3)
     with pytest.raises(
         ConfigError, match=r"training.stages.0: training.global_batch_size 4 is not a multiple of .* data-parallel size 4 = 8"
     ):

@@ -114,6 +114,38 @@ def test_context_parallel_from_the_longer_stage_on(ranks: RankPool, folder: Path
     assert read_manifest(folder / "moved" / "checkpoints" / "step_6").world_size == 2
 
 
+@pytest.fixture(scope="module")
+def widened(ranks: RankPool, folder: Path) -> Path:
+    """Two ranks throughout: data parallel in the first stage, context parallel and with recomputation in the second."""
+    assert ranks.run(2, small_run.pretrain_on_rank, plain=widening(folder, "widened")) == [None, None]
+    return folder / "widened"
+
+
+def widening(folder: Path, name: str) -> dict[str, Any]:
+    plain = settings(folder, name)
+    plain["training"]["stages"][0] |= {"context": 2, "recompute": "full"}
+    return plain
+
+
+def test_the_layout_changes_between_stages_in_one_run(folder: Path, whole: Path, widened: Path) -> None:
+    ours, theirs = small_run.metrics(folder, "widened"), small_run.metrics(folder, "whole")
+    for key in ("loss", "validation_loss"):
+        assert [record[key] for record in ours] == pytest.approx([record[key] for record in theirs], abs=LOSS_TOLERANCE), key
+    assert [record["tokens"] for record in ours] == [record["tokens"] for record in theirs]
+
+
+@pytest.mark.parametrize("step", [2, 3, 4], ids=["before_the_change", "at_the_change", "after_the_change"])
+def test_resumed_bit_for_bit_around_a_change_of_layout(ranks: RankPool, folder: Path, widened: Path, step: int) -> None:
+    name = f"widened_{step}"
+    shutil.copytree(widened, folder / name)
+    for later in range(step + 1, 7):
+        shutil.rmtree(folder / name / "checkpoints" / f"step_{later}")
+    assert ranks.run(2, small_run.pretrain_on_rank, plain=widening(folder, name)) == [None, None]
+    assert small_run.losses(folder, name) == small_run.losses(folder, "widened")
+    weights, expected = small_run.weights(folder, name), small_run.weights(folder, "widened")
+    assert all(torch.equal(weights[key], expected[key]) for key in expected)
+
+
 def test_stages_that_have_begun_cannot_change_and_later_ones_can(ranks: RankPool, folder: Path, whole: Path) -> None:
     shutil.copytree(whole, folder / "changed")
     plain = settings(folder, "changed", [{**SECOND_STAGE, "global_batch_size": 4}])
