@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from nha_megatron.config import ConfigError
 from nha_megatron.engine.base import StepResult
 from nha_megatron.engine.deepspeed_partitions import create_adam_state, write
-from nha_megatron.engine.deepspeed_setup import ModelParallelUnit, deepspeed_config, import_deepspeed
+from nha_megatron.engine.deepspeed_setup import ModelParallelUnit, build_sharded, deepspeed_config, import_deepspeed
 from nha_megatron.engine.deepspeed_state import ModelSpaceState
 from nha_megatron.engine.forward import forward_batch
 from nha_megatron.engine.layout import Layout
@@ -55,20 +55,24 @@ class DeepSpeedEngine:
         self.device = device
         self.layout = layout
         package = import_deepspeed(device)
-        (model,) = build_model(config, device, layout.groups)
-        initialize_weights([model], config.model, config.training.seed, layout.tp_rank, layout.tp_size)
         (self._twin,) = build_model(config, _META, layout.groups)
+        settings = deepspeed_config(config, sum(parameter.numel() for parameter in self._twin.parameters()))
+        unit = ModelParallelUnit(layout)
+        if settings["zero_optimization"]["stage"] == 3:
+            model = build_sharded(config, device, layout, settings, unit)
+        else:
+            (model,) = build_model(config, device, layout.groups)
+            initialize_weights([model], config.model, config.training.seed, layout.tp_rank, layout.tp_size)
         self._parameters = dict(model.named_parameters())
         self._replicated = ReplicatedGradients(model, layout.groups.tp, device)
         self._fused = device.type == "cuda"
-        elements = sum(parameter.numel() for parameter in self._parameters.values())
         self._adam = self._make_optimizer()
         with contextlib.redirect_stdout(io.StringIO()):  # a table of memory for each parameter group
             self._engine, *_ = package.initialize(
                 model=Float16Module(model.config, model) if config.training.precision == "bf16" else model,
                 optimizer=self._adam,
-                config=deepspeed_config(config, elements),
-                mpu=ModelParallelUnit(layout),
+                config=settings,
+                mpu=unit,
                 dist_init_required=False,
             )
         self.model_chunks: list[nn.Module] = [self._engine.module]
@@ -78,8 +82,10 @@ class DeepSpeedEngine:
 
     def _make_optimizer(self) -> _AdamW:
         settings = self.config.optimizer
-        decayed = [parameter for parameter in self._parameters.values() if not _without_decay(parameter)]
-        others = [parameter for parameter in self._parameters.values() if _without_decay(parameter)]
+        # Asked of the twin: under stage 3 every parameter looks like an empty vector.
+        exempt = {name for name, twin in self._twin.named_parameters() if twin.dim() == 1 or twin.no_weight_decay}
+        decayed = [parameter for name, parameter in self._parameters.items() if name not in exempt]
+        others = [parameter for name, parameter in self._parameters.items() if name in exempt]
         groups = [{"params": decayed, "weight_decay": settings.weight_decay}, {"params": others, "weight_decay": 0.0}]
         return _AdamW(groups, lr=settings.lr, betas=settings.betas, eps=settings.eps, fused=self._fused)
 
@@ -158,7 +164,3 @@ class DeepSpeedEngine:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continues from a loaded checkpoint, whatever layout and engine wrote it."""
         self._state.take(state)
-
-
-def _without_decay(parameter: nn.Parameter) -> bool:
-    return parameter.dim() == 1 or parameter.no_weight_decay

@@ -7,14 +7,18 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
+from torch import nn
 
 from nha_megatron.config import ConfigError
 from nha_megatron.config.deepspeed import zero_settings
 from nha_megatron.engine.layout import Layout
+from nha_megatron.model.build import build_model
+from nha_megatron.model.initialize import initial_shard
 
 if TYPE_CHECKING:
     from nha_megatron.config import RunConfig
@@ -40,9 +44,16 @@ def import_deepspeed(device: torch.device) -> Any:
         raise ConfigError(f"DeepSpeed was set up for {name} in this process, the run is on {device.type}; start a process of its own")
     # Otherwise the first start on a CPU compiles, for a minute, an operator that only inference uses.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    logger = logging.getLogger("DeepSpeed")
+    logger.setLevel(logging.WARNING)
+    logger.addFilter(_worth_saying)
     _forget_earlier_groups()
     return deepspeed
+
+
+def _worth_saying(record: logging.LogRecord) -> bool:
+    # torch's AdamW, in a subclass that can pause.
+    return "untested optimizer" not in record.getMessage().lower()
 
 
 def _forget_earlier_groups() -> None:
@@ -125,3 +136,36 @@ def deepspeed_config(config: RunConfig, rank_parameters: int) -> dict[str, Any]:
 def _even(count: int) -> int:
     # Stages 1 and 2 want their gather bucket aligned to two elements.
     return count + count % 2
+
+
+def build_sharded(config: RunConfig, device: torch.device, layout: Layout, settings: dict[str, Any], unit: ModelParallelUnit) -> nn.Module:
+    """The model with initial weights that ZeRO 3 has sharded over data x context ranks, one after the other as they are drawn.
+
+    So no rank ever holds more than its part and one weight. Until it is drawn, a weight is memory of the host that nobody has touched.
+    """
+    from deepspeed import comm, zero
+
+    (model,) = build_model(config, torch.device("cpu"), layout.groups)
+    comm.init_distributed(dist_init_required=False)
+    zero.Init(
+        module=_DrawnOneByOne(model, config, device, layout),
+        data_parallel_group=layout.groups.dp_cp,
+        config_dict_or_path=settings,
+        mpu=unit,
+    )
+    return model.to(device)  # what is left: buffers
+
+
+class _DrawnOneByOne(nn.Module):
+    """A model that gives each of its parameters its initial value when it is asked for it, on `device`."""
+
+    def __init__(self, model: nn.Module, config: RunConfig, device: torch.device, layout: Layout) -> None:
+        super().__init__()
+        self._arguments = (model, config, device, layout)
+
+    def parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]:
+        model, config, device, layout = self._arguments
+        for name, parameter in model.named_parameters():
+            seed, place = config.training.seed, (layout.tp_rank, layout.tp_size)
+            parameter.data = initial_shard(name, parameter, config.model, seed, *place, device).to(parameter.dtype).contiguous()
+            yield parameter

@@ -28,8 +28,14 @@ def initialize_weights(chunks: Sequence[nn.Module], model: ModelConfig, seed: in
     """Fills all parameters: matrices normal(0, init_std), those that write to the residual stream smaller by sqrt(2 num_layers),
     norms one, biases and the rows of the padded vocabulary zero."""
     for name, parameter in global_parameters(chunks):
-        full = _draw(name, full_shape(parameter, tp_size), model, seed, parameter.device)
-        parameter.copy_(shard_of(full, parameter, tp_rank, tp_size))
+        parameter.copy_(initial_shard(name, parameter, model, seed, tp_rank, tp_size, parameter.device))
+
+
+def initial_shard(
+    name: str, parameter: nn.Parameter, model: ModelConfig, seed: int, tp_rank: int, tp_size: int, device: torch.device
+) -> Tensor:
+    """What `parameter` starts as on a TP rank, in fp32, drawn on `device`. `name` is its layout-independent name."""
+    return shard_of(_draw(name, full_shape(parameter, tp_size), model, seed, device), parameter, tp_rank, tp_size)
 
 
 def _draw(name: str, shape: tuple[int, ...], model: ModelConfig, seed: int, device: torch.device) -> Tensor:

@@ -68,6 +68,17 @@ def megatron(ranks: RankPool) -> Callable[[str], dict[str, Any]]:
     return run
 
 
+def tolerances(variant: str, parallel: dict[str, Any]) -> tuple[float, float, float]:
+    """Relative, of the first loss, the curve, and the gradient norm. Those of the Megatron engine's own layouts, for the same reasons."""
+    if variant != "bf16":
+        return 2e-6, 5e-5, 5e-4  # test_parallel_parity.py
+    if "tensor" in parallel:
+        # Every layer adds the tensor ranks' parts in 8 bits: 4e-3 an operation, averaged over 256 tokens (test_megatron.py).
+        return 5e-3, 5e-3, 5e-2
+    # The same products; only gradients are added in another order, some of them after rounding to 8 bits.
+    return 4e-5, 1e-3, 1e-2
+
+
 def assert_trains_like_megatron(ranks: RankPool, expected: dict[str, Any], layout: str, stage: int, variant: str, **settings: Any) -> None:
     world, parallel = LAYOUTS[layout]
     config = tiny_config(**sections_of(variant, parallel=parallel, training=zero(stage, **settings)))
@@ -79,13 +90,11 @@ def assert_trains_like_megatron(ranks: RankPool, expected: dict[str, Any], layou
     for name, weight in expected["weights"].items():
         assert torch.equal(result["weights"][name], weight.float()), f"initial weight {name}"
     assert result["tokens"] == expected["tokens"]
-    # The tolerances of the Megatron engine's own layouts (test_parallel_parity.py), for the same reasons. In bfloat16 every sum is
-    # rounded to 8 bits: 4e-3 an operation, averaged over 256 tokens; its gradients, and so the updates, more.
-    loose = 20 if variant == "bf16" else 1
-    assert result["losses"][0] == pytest.approx(expected["losses"][0], rel=2e-6 * loose)
-    assert result["losses"] == pytest.approx(expected["losses"], rel=5e-5 * loose)
-    assert result["grad_norms"] == pytest.approx(expected["grad_norms"], rel=5e-4 * loose)
-    assert result["validation"] == pytest.approx(expected["validation"], rel=5e-5 * loose)
+    first, losses, norms = tolerances(variant, parallel)
+    assert result["losses"][0] == pytest.approx(expected["losses"][0], rel=first)
+    assert result["losses"] == pytest.approx(expected["losses"], rel=losses)
+    assert result["grad_norms"] == pytest.approx(expected["grad_norms"], rel=norms)
+    assert result["validation"] == pytest.approx(expected["validation"], rel=losses)
 
 
 @pytest.mark.parametrize(
