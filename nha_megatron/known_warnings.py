@@ -1,6 +1,8 @@
 """Warnings of our dependencies that say nothing a user could act on. Each is named, so that new ones are still seen."""
 
+import logging
 import warnings
+from collections.abc import Callable
 
 _KNOWN = (
     # optional speed-ups of megatron-core, announced once per module and rank
@@ -16,8 +18,21 @@ _KNOWN = (
     (FutureWarning, r"`torch\.distributed\.\w+` is deprecated. Please use"),
 )
 
+_KNOWN_LOG_LINES = (
+    # megatron-core 0.19's background writer, which plans here and does not write (checkpoint/shards.py)
+    ("megatron.core.dist_checkpointing.strategies.torch", "MCore's async save is deprecated"),
+    # common.pt, the one form of it that 0.16 and 0.19 both read
+    ("megatron.core.dist_checkpointing.strategies.common", "load_common is deprecated"),
+)
+
 
 def silence_known_warnings() -> None:
     """Call before Megatron is imported: part of them is issued on import."""
     for category, message in _KNOWN:
         warnings.filterwarnings("ignore", message=message, category=category)
+    for name, text in _KNOWN_LOG_LINES:
+        logging.getLogger(name).addFilter(_without(text))
+
+
+def _without(text: str) -> Callable[[logging.LogRecord], bool]:
+    return lambda record: text not in record.getMessage()
