@@ -33,31 +33,21 @@ from tests.engine.programs import make_engine, micro_batches, tiny_config
 from tests.training import small_run
 
 
-def save_and_train(root: str, parallel: dict[str, Any], mode: str, precision: str = "fp32") -> list[float]:
-    """Two updates, a checkpoint, two more updates. `mode`:
-
-    waiting     training waits for the checkpoint
-    background  nothing is written until training has made its two updates
-    """
-    config = tiny_config(parallel=parallel, training={"precision": precision})
-    engine = make_engine(config)
-
-    def update(step: int) -> float:
-        return engine.train_step(micro_batches(config, engine.layout, step), 1e-2).loss
-
-    update(0)
-    update(1)
-    plain = config.model_dump(mode="json")
-    if mode == "waiting":
-        save_checkpoint(Path(root), engine, Progress(2, 128), plain, keep=1)
-        return [update(2), update(3)]
+def save_twice(root: str, parallel: dict[str, Any], precision: str = "fp32", device: str = "cpu") -> None:
+    """After two updates, a checkpoint that is waited for in root/waiting; the same again in root/background, of which not a byte is
+    written until training has made two more updates."""
+    config = tiny_config(parallel=parallel, training={"precision": precision, "device": device})
+    engine, plain = make_engine(config), config.model_dump(mode="json")
+    for step in range(2):
+        engine.train_step(micro_batches(config, engine.layout, step), 1e-2)
+    save_checkpoint(Path(root, "waiting"), engine, Progress(2, 128), plain, keep=1)
     with gated_writes() as gate:
-        pending = PendingSave(Path(root), engine, Progress(2, 128), plain, copy=True)
-        losses = [update(2), update(3)]
+        pending = PendingSave(Path(root, "background"), engine, Progress(2, 128), plain, copy=True)
+        for step in range(2, 4):
+            engine.train_step(micro_batches(config, engine.layout, step), 1e-2)
         assert pending.advance()[:2] == (False, 0)
         gate.set()
         pending.finish(keep=1)
-    return losses
 
 
 def write_a_tensor_that_changes(directory: str, copy: bool) -> str:

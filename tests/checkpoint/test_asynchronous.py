@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from nha_megatron.checkpoint import read_manifest, verify
-from tests.checkpoint.programs import pretrain_until_signalled, save_and_train, write_a_tensor_that_changes
+from tests.checkpoint.programs import pretrain_until_signalled, save_twice, write_a_tensor_that_changes
 from tests.distributed import RankPool
 from tests.training import small_run
 
@@ -30,14 +32,22 @@ def contents(root: Path) -> dict[str, str]:
 )
 def test_the_bytes_are_those_of_the_step_at_which_the_save_began(ranks: RankPool, tmp_path: Path, layout: str) -> None:
     world, parallel, precision = LAYOUTS[layout]
-    losses = {
-        mode: ranks.run(world, save_and_train, root=str(tmp_path / mode), parallel=parallel, mode=mode, precision=precision)
-        for mode in ("waiting", "background")
-    }
-    assert losses["background"] == losses["waiting"]
+    ranks.run(world, save_twice, root=str(tmp_path), parallel=parallel, precision=precision)
     files = contents(tmp_path / "waiting")
     assert len(files) == world + 1  # one of each rank, and common.pt
     assert contents(tmp_path / "background") == files
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("parallel", [{}, {"tensor": 2}], ids=str)
+def test_on_gpus(tmp_path: Path, parallel: dict[str, Any]) -> None:
+    world = parallel.get("tensor", 1)
+    if torch.cuda.device_count() < world:
+        pytest.skip(f"needs {world} CUDA devices")
+    # In processes of their own: one that trained on the CPU keeps the remedies for it.
+    with closing(RankPool()) as gpu_ranks:
+        gpu_ranks.run(world, save_twice, backend="nccl", root=str(tmp_path), parallel=parallel, device="cuda")
+    assert contents(tmp_path / "background") == contents(tmp_path / "waiting")
 
 
 def test_a_tensor_of_its_own_storage_is_copied(ranks: RankPool, tmp_path: Path) -> None:

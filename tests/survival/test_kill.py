@@ -1,6 +1,6 @@
 """Kill any rank at any moment: every checkpoint that is there is sound, and the run goes on as if nothing had happened.
 
-`make test` kills 3 times, `make test-slow` 28 times by count and clock, and a run under torchrun 3 times more.
+`make test` kills 3 times; `make test-slow` 37 times more by count and clock, over both engines, and two runs under torchrun 3 times each.
 """
 
 from __future__ import annotations
@@ -19,17 +19,21 @@ from nha_megatron.checkpoint.files import published_steps
 from tests.distributed import RankPool  # the fixture `ranks` of some tests: it makes the fork server load torch first
 from tests.launch.slurm_cluster import PATIENCE_S
 from tests.launch.test_torchrun import ranks_of, running, wait_for
+from tests.optional import needs_deepspeed
 from tests.survival.processes import choose_kills, run
 from tests.training import small_run
 
-ENGINES = ("megatron",)
+ENGINES: dict[str, dict[str, Any]] = {
+    "megatron": {},
+    **{f"zero{stage}": {"engine": "deepspeed", "deepspeed": {"zero_optimization": {"stage": stage}}} for stage in (1, 2, 3)},
+}
 LAYOUTS: dict[str, dict[str, Any]] = {"dp2": {}, "tp2": {"tensor": 2}, "cp2": {"context": 2}, "pp2": {"pipeline": 2}}
 
 
 def settings(folder: Path, engine: str, layout: str, asynchronous: bool, name: str, steps: int) -> dict[str, Any]:
     return small_run.settings(
         folder,
-        training={"steps": steps, "engine": engine},
+        training={"steps": steps, **ENGINES[engine]},
         parallel=LAYOUTS[layout],
         optimizer={"schedule": "constant"},  # so that the curve does not depend on the number of steps
         checkpoint={"every": 1, "keep": 2, "asynchronous": asynchronous},
@@ -60,20 +64,25 @@ def kill_and_resume(folder: Path, seed: int, kills: int, engine: str, layout: st
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs) and ours.keys() == theirs.keys()
 
 
-@pytest.mark.parametrize("engine", ENGINES)
-def test_three_kills(ranks: RankPool, tmp_path: Path, engine: str) -> None:
-    kill_and_resume(tmp_path, seed=1, kills=3, engine=engine, layout="dp2")
+def test_three_kills(ranks: RankPool, tmp_path: Path) -> None:
+    kill_and_resume(tmp_path, seed=1, kills=3, engine="megatron", layout="dp2")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize(("seed", "layout"), enumerate(LAYOUTS), ids=LAYOUTS)
-def test_seven_kills(ranks: RankPool, tmp_path: Path, engine: str, seed: int, layout: str) -> None:
-    kill_and_resume(tmp_path, seed=10 + seed, kills=7, engine=engine, layout=layout)
+def test_seven_kills(ranks: RankPool, tmp_path: Path, seed: int, layout: str) -> None:
+    kill_and_resume(tmp_path, seed=10 + seed, kills=7, engine="megatron", layout=layout)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("engine", ENGINES)
+@needs_deepspeed
+@pytest.mark.parametrize(("seed", "engine", "layout"), [(20, "zero1", "dp2"), (21, "zero2", "cp2"), (22, "zero3", "tp2")])
+def test_three_kills_under_zero(ranks: RankPool, tmp_path: Path, seed: int, engine: str, layout: str) -> None:
+    kill_and_resume(tmp_path, seed, kills=3, engine=engine, layout=layout)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ["megatron", pytest.param("zero1", marks=needs_deepspeed)])
 def test_torchrun_starts_the_ranks_again_after_each_of_three_kills(ranks: RankPool, tmp_path: Path, engine: str) -> None:
     small_run.write_corpus(tmp_path)
     chance = random.Random(3)
