@@ -10,7 +10,7 @@ and layers come from a list of `ModuleSpec`s.
 | tensor-parallel marks of weights that Megatron does not initialise | absent | present | `mark_tensor_parallel_weights` |
 | GPTModel after the layers, `_postprocess` | keywords | more keywords | `language_model.py` takes two, passes the rest on |
 | planning a save | no strategy to name | `async_strategy="mcore"` | `checkpoint/shards.py` |
-| state that is the same on all ranks | `common.pt` | an object among the others | `checkpoint/shards.py` writes `common.pt`, which both read |
+| state that all ranks share | `common.pt` | an object like others | `checkpoint/shards.py`: `common.pt`, which both read |
 | loading torch Adam state in the `fully_reshardable` format | KeyError: 'step' | the same | `engine/checkpoint_remedies.py` |
 """
 
