@@ -70,8 +70,8 @@ def merge_pieces(
         place = (b * W + (tl.load(old_start + b) + token) % tl.maximum(W, 1)) * H + h
         at_new = (b * T + token) * H + h
         tl.store(window_values + place * V + channel, tl.load(v + at_new * V + channel))
-        channel = tl.arange(0, K)
-        tl.store(window_keys + place * K + channel, tl.load(k + at_new * K + channel))
+        key_channel = tl.arange(0, K)
+        tl.store(window_keys + place * K + key_channel, tl.load(k + at_new * K + key_channel))
         slot = tl.arange(0, SLOTS)
         gate = tl.load(g + at_new * M + slot, mask=slot < M, other=0.0)
         tl.store(window_log_gates + place * M + slot, tl.maximum(gate, -40.0), mask=slot < M)
