@@ -6,7 +6,7 @@ import sys
 import time
 from collections.abc import Sequence
 
-from nha_megatron.config import ConfigError, load_config
+from nha_megatron.config import ConfigError, OneRankError, load_config
 from nha_megatron.config.inputs import require_inputs
 from nha_megatron.config.report import check_report
 from nha_megatron.exit_status import COMPLETE, FAILED, GIVEN_UP, STOPPED, USER_ERROR, pass_on
@@ -70,8 +70,11 @@ def _verify(arguments: argparse.Namespace) -> int:
 
 
 def _report(error: Exception) -> None:
-    """One message for all ranks: rank 0 prints it."""
-    if os.environ.get("RANK", "0") == "0":
+    """One message for all ranks: rank 0 prints it, unless another rank alone knows of it."""
+    rank = os.environ.get("RANK", "0")
+    if isinstance(error, OneRankError) and "RANK" in os.environ:
+        print(f"error: rank {rank}: {error}", file=sys.stderr, flush=True)
+    elif rank == "0":
         print(f"error: {error}", file=sys.stderr, flush=True)
     else:
         # Launchers end all ranks when the first one fails: leave rank 0 the time to print.

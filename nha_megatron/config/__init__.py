@@ -1,7 +1,7 @@
 """Typed run configuration: YAML and overrides in, validated immutable objects out. Imports neither torch nor Megatron."""
 
 from .data import BlendEntry, DataConfig
-from .errors import ConfigError
+from .errors import ConfigError, OneRankError
 from .guards import GuardsConfig
 from .load import dump_config, load_config, parse_config, save_resolved, with_overrides
 from .model import ModelConfig
@@ -17,6 +17,7 @@ __all__ = [
     "GuardsConfig",
     "LoggingConfig",
     "ModelConfig",
+    "OneRankError",
     "OptimizerConfig",
     "ParallelConfig",
     "RunConfig",

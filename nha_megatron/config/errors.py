@@ -10,6 +10,10 @@ class ConfigError(ValueError):
     """
 
 
+class OneRankError(ConfigError):
+    """A mistake that one rank meets while the others go on, such as a damaged sample: that rank prints the message itself."""
+
+
 def problems_message(source: str, problems: Sequence[str]) -> str:
     """One message for all problems of one source (a file name, or a description of where the values came from)."""
     assert problems

@@ -4,7 +4,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
 
-from nha_megatron.config import ConfigError, RunConfig
+from nha_megatron.config import ConfigError, OneRankError, RunConfig
 from nha_megatron.data.batch import Batch, make_batch
 from nha_megatron.data.order import SampleOrder
 from nha_megatron.data.packing import PADDING
@@ -20,7 +20,8 @@ class BatchReader:
     so a step holds the same samples for any number of ranks. Ranks that differ only in their tensor- or pipeline-parallel
     place read the same batch. With `prefetch` a thread reads step n + 1 while step n is used; what is read does not depend on it.
 
-    Raises ConfigError if global_batch_size or sequence_length does not divide, and later if a token does not fit the vocabulary.
+    Raises ConfigError if global_batch_size or sequence_length does not divide, and later OneRankError if a token does not fit the
+    vocabulary.
     """
 
     def __init__(
@@ -81,7 +82,7 @@ class BatchReader:
         samples = np.stack([self._order.sample(first + row) for row in range(self._micro_batch_size)])
         if samples.min() < PADDING or samples.max() >= self._vocab_size:
             # Opening the files read their manifests only. On a device this would be an assertion without a word about the data.
-            raise ConfigError(
+            raise OneRankError(
                 f"samples {first} to {first + len(samples) - 1} hold token ids from {samples.min()} to {samples.max()}, model.vocab_size "
                 f"is {self._vocab_size}: a token file is damaged. Copy it again or prepare the data again."
             )

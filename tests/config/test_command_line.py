@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from nha_megatron.__main__ import main
-from nha_megatron.config import load_config
+from nha_megatron.config import OneRankError, load_config
 from nha_megatron.training.guards import TrainingError
 from tests.config.cases import BASE
 
@@ -99,6 +99,18 @@ def test_of_many_ranks_only_the_first_prints(base, capsys, monkeypatch):
     monkeypatch.setenv("RANK", "0")
     assert main(["pretrain", base, "training.steps=0"]) == 2
     assert "training.steps: given 0" in capsys.readouterr().err
+
+
+def test_what_one_rank_alone_knows_that_rank_prints(base, capsys, monkeypatch, tmp_path):
+    def fail(config):
+        raise OneRankError("sample 7 is damaged")
+
+    make_token_files(tmp_path)
+    monkeypatch.setattr("nha_megatron.training.run.pretrain", fail)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "1")
+    assert main(["pretrain", base]) == 2
+    assert capsys.readouterr().err == "error: rank 1: sample 7 is damaged\n"
 
 
 def test_pretrain_accepts_what_the_deepspeed_launcher_appends(base, capsys):

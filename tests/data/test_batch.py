@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from nha_megatron.config import ConfigError
+from nha_megatron.config import ConfigError, OneRankError
 from nha_megatron.data.batch import Batch, document_boundaries, make_batch
 from nha_megatron.data.order import SampleOrder, open_samples
 from nha_megatron.data.reader import BatchReader
@@ -134,7 +134,7 @@ def test_a_token_beyond_the_vocabulary_is_a_message(corpus: str) -> None:
     with Path(f"{corpus}.bin").open("r+b") as stream:
         stream.seek(40)
         stream.write(b"\xff\xff")
-    with pytest.raises(ConfigError, match=r"hold token ids from \d+ to 65535, model.vocab_size is 60000: a token file is damaged"):
+    with pytest.raises(OneRankError, match=r"hold token ids from \d+ to 65535, model.vocab_size is 60000: a token file is damaged"):
         reader(corpus).micro_batches(0)
 
 

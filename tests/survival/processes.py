@@ -121,7 +121,7 @@ def _changes_files(event: str, arguments: tuple[Any, ...], root: str) -> bool:
     if event == "open":
         path, _, flags = arguments
         return str(path).startswith(root) and bool(flags & _CREATES)
-    return event in ("os.mkdir", "os.rename", "os.remove", "os.rmdir") and any(root in str(argument) for argument in arguments[:2])
+    return event in ("os.mkdir", "os.rename", "os.remove", "shutil.rmtree") and any(root in str(argument) for argument in arguments[:2])
 
 
 def _before_every_tensor(strike: Callable[[], None]) -> None:
