@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,6 +35,15 @@ class Reporter:
 
     log: MetricsLog
     console: Console
+
+    def step(self, record: dict[str, Any], seconds_left: float, warnings: Iterable[str | None]) -> None:
+        self.log.write(record)
+        self.console.step(record, seconds_left)
+        for warning in warnings:
+            if warning is not None:
+                self.console.event(f"warning: {warning}")
+        if "validation_loss" in record:
+            self.console.event(f"step {record['step']}: validation loss {record['validation_loss']:.4f}")
 
     def close(self) -> None:
         self.console.close()
@@ -88,7 +98,7 @@ def train(
             clock.batches_are_read()
             watch.enter(step, "update")
             result = engine.train_step(batches, lr, guard.max_loss)
-            warning = guard.observe(step, result.loss, result.grad_norm, result.skipped)
+            warnings = [guard.observe(step, result.loss, result.grad_norm, result.skipped)]
             # Waits for the update itself on an accelerator, so it belongs to the time of the step.
             stopped_by = stop.agreed(layout.device)
             seconds = time.perf_counter() - started
@@ -105,10 +115,10 @@ def train(
                 "skipped": guard.skipped,
                 **throughput.measure(seconds),
             }
-            slow = None
             if report_ranks:
-                of_ranks, slow = ranks.gather(clock.stop(), seconds)
-                record |= of_ranks
+                slowest, warning = ranks.gather(step, clock.stop(), seconds)
+                record |= slowest
+                warnings.append(warning)
             record["memory"] = max(ranks.memory, memory_high_water(layout.device))
             if measure_layers:
                 record |= layer_statistics.collect(engine.model_chunks, config.model.num_layers, layout.device)
@@ -116,14 +126,7 @@ def train(
                 watch.enter(step, "validation")
                 record["validation_loss"] = evaluate(engine, data, config.training.validate_batches)
             if reporter is not None:
-                reporter.log.write(record)
-                reporter.console.step(record, throughput.seconds_left(stages[-1].tokens_after - progress.tokens))
-                if warning is not None:
-                    reporter.console.event(f"warning: {warning}")
-                if slow is not None:
-                    reporter.console.event(f"warning: step {step}: {slow}")
-                if "validation_loss" in record:
-                    reporter.console.event(f"step {step}: validation loss {record['validation_loss']:.4f}")
+                reporter.step(record, throughput.seconds_left(stages[-1].tokens_after - progress.tokens), warnings)
 
             watch.enter(step, "checkpoint")
             saver.poll()
@@ -154,7 +157,7 @@ def require_finite_weights(engine: Engine, step: int) -> None:
 
 
 def evaluate(engine: Engine, data: StageData, batches: int) -> float:
-    """Mean loss, in nats, over the counted tokens of the first `batches` global batches: the same tokens at every evaluation."""
+    """Mean loss, in nats, over the counted tokens of the first `batches` global batches: the same tokens at every evaluation of a stage."""
     loss_sum, tokens = 0.0, 0
     for index in range(batches):
         batch_loss, batch_tokens = engine.evaluate(data.validation_batches(index))

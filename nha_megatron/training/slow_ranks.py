@@ -116,7 +116,7 @@ class RankReports:
         self.memory = 0
         """Bytes of the fullest rank, the most so far, as of the last `gather`."""
 
-    def gather(self, work_seconds: float, step_seconds: float) -> tuple[dict[str, Any], str | None]:
+    def gather(self, step: int, work_seconds: float, step_seconds: float) -> tuple[dict[str, Any], str | None]:
         """Fields of the step's record, and a line for the user when a rank has become slow."""
         own = torch.tensor([work_seconds, memory_high_water(self._layout.device)], dtype=torch.float64, device=self._layout.device)
         all_ranks = own.new_empty(2 * self._layout.world_size)
@@ -133,6 +133,6 @@ class RankReports:
         if not slow or before == rank:
             return fields, None
         return fields, (
-            f"slow rank {rank} on host {self._hosts[rank]}: its own work takes {ratio:.1f} times as long as that of the other ranks of its "
-            f"pipeline stage, {excess:.2g} s more of a step of {step_seconds:.2g} s"
+            f"step {step}: slow rank {rank} on host {self._hosts[rank]}: its own work takes {ratio:.1f} times as long as that of the other "
+            f"ranks of its pipeline stage, {excess:.2g} s more of a step of {step_seconds:.2g} s"
         )

@@ -47,7 +47,12 @@ LAYOUTS = {
 }
 
 
-@pytest.mark.parametrize(("parallel", "pattern"), LAYOUTS.values(), ids=LAYOUTS.keys())
+SLOW = ("tp2", "pp2")
+
+
+@pytest.mark.parametrize(
+    ("parallel", "pattern"), [pytest.param(*LAYOUTS[name], id=name, marks=[pytest.mark.slow] * (name in SLOW)) for name in LAYOUTS]
+)
 def test_all_ranks_skip_the_step_in_which_one_has_a_nan(ranks: RankPool, parallel: dict[str, Any], pattern: str) -> None:
     results = ranks.run(2, two_steps_second_one_poisoned, rank=1, pattern=pattern, parallel=parallel)
     for result in results:

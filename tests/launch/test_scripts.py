@@ -104,8 +104,8 @@ def test_a_bad_configuration_starts_nothing(shell: Shell, script: str) -> None:
 @pytest.mark.parametrize("script", SCRIPTS)
 @pytest.mark.parametrize(
     ("launcher", "note", "status"),
-    [("0", "0", 0), ("0", "75", 75), ("1", "", 1), ("1", "75", 1), ("0", "", 1)],
-    ids=["complete", "stopped", "failed", "some stopped, some failed", "lost: DeepSpeed's launcher returns 0 after kill -9"],
+    [("0", "0", 0), ("0", "3", 3), ("0", "75", 75), ("1", "", 1), ("1", "75", 1), ("0", "", 1)],
+    ids=["complete", "given up", "stopped", "failed", "some stopped, some failed", "lost: DeepSpeed's launcher returns 0 after kill -9"],
 )
 def test_exit_status(shell: Shell, script: str, launcher: str, note: str, status: int) -> None:
     assert shell.run(script, "run.yaml", FAKE_STATUS=launcher, FAKE_NOTE=note).returncode == status

@@ -95,7 +95,7 @@ def test_resumed_bit_for_bit(ranks: RankPool, folder: Path, whole: Path, step: i
 LOSS_TOLERANCE = 1e-4
 
 
-@pytest.mark.parametrize("parallel", [{"context": 2}, {"pipeline": 2}], ids=["cp2", "pp2"])
+@pytest.mark.parametrize("parallel", [{"context": 2}, pytest.param({"pipeline": 2}, marks=pytest.mark.slow)], ids=["cp2", "pp2"])
 def test_another_layout_trains_alike_through_both_stages(ranks: RankPool, folder: Path, whole: Path, parallel: dict[str, Any]) -> None:
     name = "_".join(parallel)
     assert ranks.run(2, small_run.pretrain_on_rank, plain=settings(folder, name, parallel=parallel)) == [None, None]
@@ -134,7 +134,11 @@ def test_the_layout_changes_between_stages_in_one_run(folder: Path, whole: Path,
     assert [record["tokens"] for record in ours] == [record["tokens"] for record in theirs]
 
 
-@pytest.mark.parametrize("step", [2, 3, 4], ids=["before_the_change", "at_the_change", "after_the_change"])
+@pytest.mark.parametrize(
+    "step",
+    [pytest.param(2, marks=pytest.mark.slow), 3, pytest.param(4, marks=pytest.mark.slow)],
+    ids=["before_the_change", "at_the_change", "after_the_change"],
+)
 def test_resumed_bit_for_bit_around_a_change_of_layout(ranks: RankPool, folder: Path, widened: Path, step: int) -> None:
     name = f"widened_{step}"
     shutil.copytree(widened, folder / name)
