@@ -27,9 +27,7 @@ def contents(root: Path) -> dict[str, str]:
     return {name: entry.sha256 for name, entry in verify(root / "step_2").files.items() if name.endswith((".distcp", ".pt"))}
 
 
-@pytest.mark.parametrize(
-    "layout", ["one", "tp2_bf16", pytest.param("dp2", marks=pytest.mark.slow), pytest.param("pp2", marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize("layout", [pytest.param(name, marks=[pytest.mark.slow] * (name != "tp2_bf16")) for name in LAYOUTS])
 def test_the_bytes_are_those_of_the_step_at_which_the_save_began(ranks: RankPool, tmp_path: Path, layout: str) -> None:
     world, parallel, precision = LAYOUTS[layout]
     ranks.run(world, save_twice, root=str(tmp_path), parallel=parallel, precision=precision)
@@ -59,6 +57,7 @@ def test_a_tensor_of_its_own_storage_is_copied(ranks: RankPool, tmp_path: Path) 
     assert sums[0] == sums[1] != sums[2]
 
 
+@pytest.mark.slow  # tests/survival/ mixes both in one run
 def test_a_run_with_asynchronous_checkpoints_is_the_same_run(ranks: RankPool, tmp_path: Path) -> None:
     small_run.write_corpus(tmp_path)
     for name, asynchronous in (("waiting", False), ("background", True)):
