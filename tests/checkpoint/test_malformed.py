@@ -161,7 +161,6 @@ FORGED: dict[str, tuple[Damage, str]] = {
     "common state empty": (lambda checkpoint: torch.save({}, checkpoint / "common.pt"), "does not fit this model: "),
     "common state missing": (remove("common.pt"), "common.pt is missing"),
     "format file missing": (remove("metadata.json"), "does not fit this model: "),
-    "format of another program": (write("metadata.json", b'{"sharded_backend": "zarr"}'), ""),
     "format file torn": (write("metadata.json", b"{"), ""),
     "other model under this configuration": (lambda checkpoint: None, "does not fit this model: "),
     "data not said": (edit_manifest(data={"stages": 3}), "does not say what was read"),
