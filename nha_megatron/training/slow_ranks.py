@@ -56,15 +56,15 @@ class WorkClock:
         self._modules = list(modules)
         self._on_cuda = device.type == "cuda"
         self._handles: list[Any] = []
-        self._begins: list[Any] = []
-        self._ends: list[Any] = []
+        self._begun: list[Any] = []
+        self._pairs: list[tuple[Any, Any]] = []
         self._started = self._read = 0.0
 
     def start(self) -> None:
-        self._begins, self._ends = [], []
+        self._begun, self._pairs = [], []
         for module in self._modules:
-            self._handles.append(module.register_forward_pre_hook(lambda *_: self._begins.append(self._now())))
-            self._handles.append(module.register_forward_hook(lambda *_: self._ends.append(self._now())))
+            self._handles.append(module.register_forward_pre_hook(lambda *_: self._begun.append(self._now())))
+            self._handles.append(module.register_forward_hook(lambda *_: self._pairs.append((self._begun.pop(), self._now()))))
         self._started = time.perf_counter()
 
     def batches_are_read(self) -> None:
@@ -75,10 +75,9 @@ class WorkClock:
         for handle in self._handles:
             handle.remove()
         self._handles = []
-        pairs = list(zip(self._begins, self._ends, strict=True))
         if self._on_cuda:
-            return self._read + sum(begin.elapsed_time(end) for begin, end in pairs) / 1000
-        return self._read + sum(end - begin for begin, end in pairs)
+            return self._read + sum(begin.elapsed_time(end) for begin, end in self._pairs) / 1000
+        return self._read + sum(end - begin for begin, end in self._pairs)
 
     def _now(self) -> Any:
         if not self._on_cuda:

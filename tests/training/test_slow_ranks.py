@@ -15,7 +15,7 @@ from megatron.core.transformer.mlp import MLP
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from nha_megatron.training.hardware import memory_high_water
-from nha_megatron.training.slow_ranks import RankReports, modules_without_collectives, slowest_rank
+from nha_megatron.training.slow_ranks import RankReports, WorkClock, modules_without_collectives, slowest_rank
 from nha_megatron.training.stage_data import StageData
 from tests.distributed import RankPool
 from tests.engine import programs
@@ -109,6 +109,24 @@ def test_a_rank_that_sleeps_is_named(ranks: RankPool, tmp_path: Path, place: str
     first, second = small_run.metrics(tmp_path)
     assert "slowest_rank" not in first  # the interval has two steps
     assert second["slowest_rank"] == 1 and second["slowest_host"] and second["slowest_ratio"] > 1
+
+
+@pytest.mark.gpu
+def test_work_on_a_gpu_is_measured_by_its_clock() -> None:
+    device = torch.device("cuda")
+    module, x = torch.nn.Linear(4096, 4096, device=device), torch.ones(4096, 4096, device=device)
+    seconds = []
+    for times in (1, 50):
+        clock = WorkClock([module], device)
+        clock.start()
+        clock.batches_are_read()
+        for _ in range(times):
+            module(x)
+        torch.cuda.synchronize()
+        seconds.append(clock.stop())
+    # The host returns from all 50 calls long before the device is done with them.
+    assert 0 < seconds[0] < seconds[1]
+    assert not module._forward_hooks and not module._forward_pre_hooks
 
 
 def reports(work: dict[int, list[float]]) -> list[str | None]:

@@ -77,7 +77,9 @@ def test_two_stages_are_two_runs_chained(ranks: RankPool, folder: Path, whole: P
     assert by_hand != small_run.losses(folder, "first")[3:]
 
 
-@pytest.mark.parametrize("step", [1, 3, 5], ids=["inside_the_first", "at_the_boundary", "inside_the_second"])
+@pytest.mark.parametrize(
+    "step", [pytest.param(1, marks=pytest.mark.slow), 3, 5], ids=["inside_the_first", "at_the_boundary", "inside_the_second"]
+)
 def test_resumed_bit_for_bit(ranks: RankPool, folder: Path, whole: Path, step: int) -> None:
     name = f"resumed_{step}"
     shutil.copytree(whole, folder / name)
@@ -104,6 +106,7 @@ def test_another_layout_trains_alike_through_both_stages(ranks: RankPool, folder
     assert ours == pytest.approx(theirs, abs=LOSS_TOLERANCE)
 
 
+@pytest.mark.slow
 def test_context_parallel_from_the_longer_stage_on(ranks: RankPool, folder: Path, whole: Path) -> None:
     """One rank for the short stage, stopped at its end; two context ranks from the same checkpoint for the long one."""
     shutil.copytree(whole, folder / "moved")
@@ -132,6 +135,17 @@ def test_the_layout_changes_between_stages_in_one_run(folder: Path, whole: Path,
     for key in ("loss", "validation_loss"):
         assert [record[key] for record in ours] == pytest.approx([record[key] for record in theirs], abs=LOSS_TOLERANCE), key
     assert [record["tokens"] for record in ours] == [record["tokens"] for record in theirs]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+def test_the_layout_changes_between_stages_on_gpus(ranks: RankPool, folder: Path) -> None:
+    one, two = settings(folder, "one_gpu"), widening(folder, "two_gpus")
+    for world, plain in ((1, one), (2, two)):
+        plain["training"]["device"] = "cuda"
+        assert ranks.run(world, small_run.pretrain_on_rank, backend="nccl", plain=plain) == [None] * world
+    # Other kernels and reductions, possibly tf32: as in tests/engine/test_cuda.py.
+    assert small_run.losses(folder, "two_gpus") == pytest.approx(small_run.losses(folder, "one_gpu"), rel=2e-3)
 
 
 @pytest.mark.parametrize(
