@@ -63,3 +63,6 @@ class Engine(Protocol):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Takes what `dist_checkpointing.load` made of `sharded_state_dict(is_loading=True)`."""
+
+    def close(self) -> None:
+        """Lets go of what keeps the engine in memory, before another one is made in this process. It cannot be used afterwards."""

@@ -5,6 +5,7 @@ The only module that touches DeepSpeed's globals. DeepSpeed 0.19.
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 from collections.abc import Iterator
@@ -47,7 +48,7 @@ def import_deepspeed(device: torch.device) -> Any:
     logger = logging.getLogger("DeepSpeed")
     logger.setLevel(logging.WARNING)
     logger.addFilter(_worth_saying)
-    _forget_earlier_groups()
+    _forget_earlier_engine()
     return deepspeed
 
 
@@ -56,14 +57,19 @@ def _worth_saying(record: logging.LogRecord) -> bool:
     return "untested optimizer" not in record.getMessage().lower()
 
 
-def _forget_earlier_groups() -> None:
-    # DeepSpeed caches torch's world group. A process that has left it and joined another one would use the dead group.
+def _forget_earlier_engine() -> None:
+    """Drops what DeepSpeed keeps of an engine that this process had before, so that its memory and its groups can go.
+
+    It caches torch's world group, which may have been left for another one, and under stage 3 the model.
+    """
     from deepspeed.comm import comm
+    from deepspeed.runtime.zero import parameter_offload
     from deepspeed.utils import groups
 
     groups._release_process_group_references()
-    if comm.cdb is not None:
-        comm.cdb = None
+    comm.cdb = None
+    parameter_offload.FWD_MODULE_STACK.clear()
+    gc.collect()
 
 
 class ModelParallelUnit:

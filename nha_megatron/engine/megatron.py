@@ -214,3 +214,6 @@ class MegatronEngine:
             chunk.load_state_dict(state[f"model{i}"])
         self.optimizer.load_state_dict(as_megatron_state(state["optimizer"], self.optimizer.state_dict(), _CHECKPOINT_FORMAT))
         separate_steps(self.optimizer)
+
+    def close(self) -> None:
+        """Nothing outside holds on to it: Python's garbage collector takes it once it is dropped."""

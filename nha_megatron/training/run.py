@@ -108,9 +108,11 @@ def run_phase(
         progress = start(config, engine, checkpoint, identity, say)
         if progress.step >= config.training.steps:
             say(f"the run is complete: step {progress.step} of {config.training.steps}. Raise training.steps to train further")
+            engine.close()
             return progress.step, None
         on_rank_zero(f"logging.directory {config.logging.directory} cannot be used", lambda: prepare_folder(config, files))
         stopped_by = run(config, engine, layout, data, identity, progress, phase[-1].last_step, say)
+        engine.close()
         return progress.step, stopped_by
 
 

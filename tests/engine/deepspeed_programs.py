@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterator
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 
@@ -16,6 +19,7 @@ from nha_megatron.engine.deepspeed_setup import import_deepspeed
 from nha_megatron.engine.device import choose_device
 from nha_megatron.engine.layout import create_layout
 from nha_megatron.model.parameters import full_from_shards
+from tests.distributed import RankPool
 from tests.engine.programs import CPU, micro_batches
 from tests.training.small_run import pretrain_on_rank
 
@@ -29,6 +33,18 @@ def zero(stage: int, **settings: Any) -> dict[str, Any]:
     return {"engine": "deepspeed", "deepspeed": {"zero_optimization": {"stage": stage, **sizes, **settings}}}
 
 
+_TESTS_OF_A_POOL = 8
+_tests = itertools.count(1)
+
+
+@pytest.fixture
+def few_threads(ranks: RankPool) -> Iterator[None]:
+    """New ranks now and then: of an engine of ZeRO 3 its process groups stay, and gloo has threads for each."""
+    yield
+    if next(_tests) % _TESTS_OF_A_POOL == 0:
+        ranks.close()
+
+
 def as_in_a_new_process() -> None:
     """ZeRO 3 numbers modules and weights over the life of a process, and all ranks must agree; those of the pool have run more or less."""
     import_deepspeed(CPU)  # before the imports below: for this accelerator
@@ -39,10 +55,17 @@ def as_in_a_new_process() -> None:
     Init.param_id = 0
 
 
+_engines: list[Engine] = []
+
+
 def make_engine(config: RunConfig) -> Engine:
+    """An engine, in place of the one that the program before it made on this rank."""
+    while _engines:
+        _engines.pop().close()
     as_in_a_new_process()
     device = choose_device(config.training.device)
-    return create_engine(config, device, create_layout(config, device))
+    _engines.append(create_engine(config, device, create_layout(config, device)))
+    return _engines[-1]
 
 
 def train(config: RunConfig, steps: int = 5, **batch_options: Any) -> dict[str, Any]:

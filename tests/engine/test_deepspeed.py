@@ -13,11 +13,17 @@ import torch
 from nha_megatron.engine.deepspeed_partitions import write
 from tests.distributed import RankError, RankPool
 from tests.engine import programs
-from tests.engine.deepspeed_programs import full_weights, make_engine, train, zero
+from tests.engine.deepspeed_programs import (
+    few_threads,  # noqa: F401
+    full_weights,
+    make_engine,
+    train,
+    zero,
+)
 from tests.engine.programs import micro_batches, tiny_config
 from tests.optional import needs_deepspeed
 
-pytestmark = needs_deepspeed
+pytestmark = [needs_deepspeed, pytest.mark.usefixtures("few_threads")]
 
 TP, SP, CP = {"tensor": 2}, {"tensor": 2, "sequence": True}, {"context": 2}
 LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {

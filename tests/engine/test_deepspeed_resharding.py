@@ -13,11 +13,15 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from nha_megatron.checkpoint.safety import read_metadata
 from nha_megatron.checkpoint.weights import CheckpointWeights
 from tests.distributed import RankPool
-from tests.engine.deepspeed_programs import make_engine, zero
+from tests.engine.deepspeed_programs import (
+    few_threads,  # noqa: F401
+    make_engine,
+    zero,
+)
 from tests.engine.programs import micro_batches, tiny_config
 from tests.optional import needs_deepspeed
 
-pytestmark = needs_deepspeed
+pytestmark = [needs_deepspeed, pytest.mark.usefixtures("few_threads")]
 
 Numbers = list[tuple[float, float]]
 
