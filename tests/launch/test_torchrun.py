@@ -86,6 +86,16 @@ def test_torchrun_starts_killed_ranks_again_from_the_newest_checkpoint(folder: P
     assert [record["step"] for record in small_run.metrics(folder)] == list(range(1, 17)) and steps(metrics) == 16
 
 
+def test_a_run_that_its_guards_give_up_is_not_started_again(folder: Path) -> None:
+    """With this learning rate the gradient of step 2 is not finite, and no such step is allowed."""
+    write_run(folder, optimizer={"lr": 1e30, "warmup_steps": 0, "clip_grad": 0.0}, guards={"skip_limit": 0})
+    with running(folder, "torchrun.sh", "run.yaml") as job:
+        assert job.wait(PATIENCE_S) == 3, (folder / "log").read_text()
+    log = (folder / "log").read_text()
+    assert log.count("and guards.skip_limit is 0") == 1 and "Traceback" not in log
+    assert log.count("on cpu, 27,360 parameters") == 1
+
+
 @pytest.mark.parametrize("rank", [0, 1])  # rank 0 holds the store that the others ask
 def test_a_frozen_rank_is_named_and_the_run_goes_on(folder: Path, rank: int) -> None:
     metrics = write_run(folder, training={"steps": 12, "stall_seconds": 20}, checkpoint={"every": 2})
