@@ -1,14 +1,15 @@
 """Checks, then times one decode step on this GPU, in a CUDA graph: a table and a JSON file.
 
-    PYTHONPATH=kernels python kernels/benchmarks/bench_decode.py [--output kernels/benchmarks/results] [--batches 1,64] [--registers 168,0]
+    PYTHONPATH=kernels python kernels/benchmarks/bench_decode.py [--output kernels/benchmarks/results] [--batches 1,64]
 
 A measurement is a graph of several steps, each of another memory, which together exceed the L2 cache: a real step finds its layer's memory
 in device memory, because all other layers ran since. The floor is bytes / copy rate, with the copy rate measured here and
 bytes = slots read and written, window keys and values read, one window row written, q, k, v, g and out once.
-`--registers` compares limits of registers a thread (0: none) instead of the one that dispatch chooses.
+`--registers` and `--slots` compare limits of registers a thread (0: none) and slots a program instead of what the launcher chooses.
 """
 
 import argparse
+import itertools
 import json
 import pathlib
 import sys
@@ -78,7 +79,8 @@ def main() -> None:
     parser.add_argument("--batches", default="1,16,64,256")
     parser.add_argument("--tokens", default="1,4")
     parser.add_argument("--windows", default="64,1024")
-    parser.add_argument("--registers", default="")
+    parser.add_argument("--registers", default=str(decode_step._REGISTERS))
+    parser.add_argument("--slots", default=str(decode_step._SLOTS))
     arguments = parser.parse_args()
     for tokens in map(int, arguments.tokens.split(",")):
         verdict = check(DecodeCase(steps=(tokens,) * 2, graph=True, kv_heads=KV_HEADS, group=QUERY_HEADS // KV_HEADS, slots=SLOTS))
@@ -89,14 +91,13 @@ def main() -> None:
     copy = measure_rates().copy
     device = torch.cuda.get_device_name()
     print(f"{device}, torch {torch.__version__}, triton {triton.__version__}, {copy / 1e12:.2f} TB/s")
-    limits = [int(x) or None for x in arguments.registers.split(",")] if arguments.registers else [decode_step._REGISTERS]
     rows = []
-    for registers in limits:
-        decode_step._REGISTERS = registers
+    for registers, slots in itertools.product(arguments.registers.split(","), arguments.slots.split(",")):
+        decode_step._REGISTERS, decode_step._SLOTS = int(registers) or None, int(slots)
         for window in map(int, arguments.windows.split(",")):
             for tokens in map(int, arguments.tokens.split(",")):
                 for batch in map(int, arguments.batches.split(",")):
-                    rows += time_shape(batch, tokens, window, copy, registers)
+                    rows += time_shape(batch, tokens, window, copy)
                     torch.cuda.empty_cache()
     arguments.output.mkdir(parents=True, exist_ok=True)
     summary = {
@@ -112,17 +113,18 @@ def main() -> None:
     (arguments.output / f"decode_{device.lower().replace(' ', '_')}.json").write_text(json.dumps(summary, indent=1) + "\n")
 
 
-def time_shape(batch: int, tokens: int, window: int, copy: float, registers: int | None) -> list[dict[str, Any]]:
+def time_shape(batch: int, tokens: int, window: int, copy: float) -> list[dict[str, Any]]:
     count, calls = contestants(batch, tokens, window)
     floor = 1e3 * step_bytes(batch, tokens, window) / copy
     rows = []
     for name, call in calls.items():
-        row = {"name": name, "batch": batch, "tokens": tokens, "window": window, "registers": registers}
+        row = {"name": name, "batch": batch, "tokens": tokens, "window": window}
+        row |= {"registers": decode_step._REGISTERS, "slots": decode_step._SLOTS}
         row |= {"ms": median_ms(graphed(call)) / count, "floor_ms": floor}
         rows.append(row)
         print(
             f"W {window:>5} T {tokens} B {batch:>4} {name:<17} {1e3 * row['ms']:8.1f} us a step  floor {1e3 * floor:7.1f} us"
-            f"  x floor {row['ms'] / floor:6.1f}  registers {registers}",
+            f"  x floor {row['ms'] / floor:6.1f}  registers {row['registers']} slots {row['slots']}",
             flush=True,
         )
     return rows

@@ -60,7 +60,8 @@ class _Rotation(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
-        return _launch(gradient, *ctx.saved_tensors, -1.0), None, None
+        cos, sin = ctx.saved_tensors
+        return _launch(gradient, cos, sin, -1.0), None, None
 
 
 def rotated_on_gpu(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
