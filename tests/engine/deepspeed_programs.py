@@ -45,9 +45,9 @@ def few_threads(ranks: RankPool) -> Iterator[None]:
         ranks.close()
 
 
-def as_in_a_new_process() -> None:
+def as_in_a_new_process(device: torch.device) -> None:
     """ZeRO 3 numbers modules and weights over the life of a process, and all ranks must agree; those of the pool have run more or less."""
-    import_deepspeed(CPU)  # before the imports below: for this accelerator
+    import_deepspeed(device)  # before the imports below: for this accelerator
     from deepspeed.runtime.zero.parameter_offload import DeepSpeedZeRoOffload
     from deepspeed.runtime.zero.partition_parameters import Init
 
@@ -62,8 +62,8 @@ def make_engine(config: RunConfig) -> Engine:
     """An engine, in place of the one that the program before it made on this rank."""
     while _engines:
         _engines.pop().close()
-    as_in_a_new_process()
     device = choose_device(config.training.device)
+    as_in_a_new_process(device)
     _engines.append(create_engine(config, device, create_layout(config, device)))
     return _engines[-1]
 
@@ -92,11 +92,11 @@ def full_weights(engine: DeepSpeedEngine) -> dict[str, torch.Tensor]:
         shard = read(parameter, "param")
         shards = [torch.empty_like(shard) for _ in range(engine.layout.tp_size)]
         dist.all_gather(shards, shard.contiguous(), group=engine.layout.groups.tp)
-        full[name] = full_from_shards(shards, twins[name]).clone()
+        full[name] = full_from_shards(shards, twins[name]).clone().cpu()
     return full
 
 
 def pretrain(plain: dict[str, Any]) -> str | None:
     """The whole job, in a process that has run others: see `small_run.pretrain_on_rank`."""
-    as_in_a_new_process()
+    as_in_a_new_process(CPU)
     return pretrain_on_rank(plain)
