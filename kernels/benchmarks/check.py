@@ -66,6 +66,10 @@ def cases() -> list[Case]:
         Case(tokens=150, group=8),
         Case(tokens=150, group=7, slots=32, window=32),
         Case(tokens=150, group=3, rotary_dim=64, window=5),
+        Case(tokens=150, group=1, gates="extreme"),
+        Case(tokens=150, group=2, gates="mixed", empty_slots="weight", documents=(0, 20, 150)),
+        Case(documents=documents, group=2, empty_slots="mask", memory=(70,)),
+        Case(batch=2, group=1, memory=(5, 90), empty_slots="weight", window=48, tokens=77),
         Case(tokens=600, window=300),
         Case(tokens=700, window=512, rotary_dim=0, documents=(0, 650, 700)),
         Case(tokens=150, slots=16),
@@ -83,7 +87,8 @@ def cases() -> list[Case]:
         Case(dtype="float32", gates="extreme", key_dim=64, value_dim=64, group=1),
         Case(dtype="float32", tokens=100, key_dim=256, value_dim=256, group=2),
         Case(dtype="float32", tokens=100, group=8, slots=128),
-        Case(tokens=9000, kv_heads=1, gates="slow"),
+        Case(tokens=9000, kv_heads=1, gates="slow"),  # several slabs of the backward
+        Case(tokens=17000, kv_heads=1, group=2, gates="mixed", documents=(0, 9000, 17000)),  # and of the forward
         Case(tokens=900, window=600),
         Case(tokens=900, window=600, batch=2, memory=(100, 700), empty_slots="weight"),
         Case(tokens=900, window=600, memory=(300,), documents=(0, 650, 650, 900), group=1),

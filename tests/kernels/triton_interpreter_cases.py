@@ -3,7 +3,7 @@ because TRITON_INTERPRET must be set before triton is imported. Float32 only: th
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 import pytest
 import torch
@@ -13,7 +13,9 @@ from torch.nn.functional import logsigmoid
 from nha_kernels import Memory, nha_attention
 from nha_kernels.chunked import chunked_attention
 from nha_kernels.rope import rope_tables, rotate
+from nha_kernels.triton.dispatch import choose_tiles
 from nha_kernels.triton.flash import Bounds
+from nha_kernels.triton.problem import Tiles
 
 
 @dataclass(frozen=True)
@@ -84,6 +86,22 @@ def run(case: Case, backend: str) -> dict[str, Tensor]:
 @pytest.mark.parametrize("name", CASES)
 def test_triton_equals_torch(name: str) -> None:
     expected, actual = run(CASES[name], "torch"), run(CASES[name], "triton")
+    for part, exact in expected.items():
+        error = (actual[part] - exact).norm() / exact.norm().clamp(min=1e-6)
+        assert error <= TOLERANCE, (part, error.item())
+
+
+def test_slabs_of_the_sequence_equal_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Slots of one chunk at a time in memory; elsewhere these sequences are a single slab."""
+    from nha_kernels.triton import attention, states
+
+    def narrow(*call: Tensor | int) -> Tiles:
+        return replace(choose_tiles(*call), forward_slab=1, backward_slab=1)
+
+    monkeypatch.setattr(states, "_LEAST_CHUNKS", 1)
+    monkeypatch.setattr(attention, "choose_tiles", narrow)
+    case = Case(window=3, tokens=34, empty_slots="weight", seen=(5,))
+    expected, actual = run(case, "torch"), run(case, "triton")
     for part, exact in expected.items():
         error = (actual[part] - exact).norm() / exact.norm().clamp(min=1e-6)
         assert error <= TOLERANCE, (part, error.item())

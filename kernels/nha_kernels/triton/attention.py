@@ -15,16 +15,15 @@ from ..conventions import clamp_log_gates
 from ..memory import Memory
 from ..rope import rope_tables, rotate
 from ..sequence import ExtendedSequence, extend_sequence
-from .backward_reads import backward_reads
+from .backward_slots import backward_slots
 from .backward_window import backward_window
-from .backward_writes import backward_writes
 from .dispatch import WIDEST_FUSED_WINDOW, choose_tiles
 from .flash import sequence_bounds
 from .forward import forward
 from .merged_attention import MergedAttention, MergedOptions
-from .problem import Problem, Tiles, empty_gradients
+from .problem import Problem, Tiles
 from .rope_table import rope_table
-from .states import SegmentStarts, chunk_states, segment_starts
+from .states import SegmentStarts, segment_starts
 
 
 @dataclass(frozen=True)
@@ -53,7 +52,7 @@ class _FusedAttention(torch.autograd.Function):
         q, k, v, g = (x.contiguous() for x in (q, k, v, g))
         cos, sin = None, None
         if rope is not None and options.window > 0:
-            reach = options.window + 2 * options.tiles.window + 2 * options.tiles.chunk
+            reach = options.window + 2 * max(options.tiles.window, options.tiles.key_rows) + 2 * options.tiles.chunk
             cos, sin = rope_table(rope, options.rope_attention_factor, reach, q)
         problem = Problem(
             q,
@@ -72,8 +71,7 @@ class _FusedAttention(torch.autograd.Function):
             tiles=options.tiles,
         )
         starts = segment_starts(problem, None if initial is None else initial.contiguous())
-        states = chunk_states(problem, starts)
-        out, lse = forward(problem, states)
+        out, lse, final = forward(problem, starts)
         ctx.save_for_backward(q, k, v, g, start, cos, sin, out, lse, starts.slots, starts.log_decay)
         ctx.problem = replace(
             problem, q=q.new_empty(0), k=q.new_empty(0), v=q.new_empty(0), g=q.new_empty(0), start_or_none=None, cos=None, sin=None
@@ -81,7 +79,6 @@ class _FusedAttention(torch.autograd.Function):
         ctx.chunks_per_segment = starts.chunks_per_segment
         ctx.has_initial = initial is not None
         ctx.set_materialize_grads(False)
-        final = states.final.view(q.shape[0], k.shape[2], *states.final.shape[1:])
         return out, final
 
     @staticmethod
@@ -90,17 +87,12 @@ class _FusedAttention(torch.autograd.Function):
         q, k, v, g, start, cos, sin, out, lse, slots, log_decay = ctx.saved_tensors
         p = replace(ctx.problem, q=q, k=k, v=v, g=g, start_or_none=start, cos=cos, sin=sin)
         d_out = torch.zeros_like(out) if d_out is None else d_out.contiguous()
-        states = chunk_states(p, SegmentStarts(slots, log_decay, ctx.chunks_per_segment))
-        gradients = empty_gradients(p, lse)
-        backward_reads(p, states, out, lse, d_out, gradients)
-        d_initial = backward_writes(p, states, gradients, None if d_final is None else d_final.contiguous())
-        del states  # the window needs none of it
-        if p.window == 0:
-            dk, dv = gradients.written_keys, gradients.written_values
-        else:
-            dk, dv = backward_window(p, lse, d_out, gradients)
+        starts = SegmentStarts(slots, log_decay, ctx.chunks_per_segment)
+        gradients, d_initial = backward_slots(p, starts, out, lse, d_out, None if d_final is None else d_final.contiguous())
+        if p.window > 0:
+            backward_window(p, lse, d_out, gradients)
         d_initial = d_initial.view(p.batch, p.kv_heads, *d_initial.shape[1:]) if ctx.has_initial else None
-        return gradients.q, dk, dv, gradients.gates, d_initial, None, None, None
+        return gradients.q, gradients.keys, gradients.values, gradients.gates, d_initial, None, None, None
 
 
 def triton_attention(

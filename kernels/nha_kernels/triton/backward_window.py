@@ -4,14 +4,24 @@ Queries: one program per chunk and KV head. Keys and values: one per block of ro
 that no accumulator is transposed. Each adds its part to what came through the slots.
 """
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from .common import LOG2_E, load_starts, unrotate
 from .problem import Gradients, Problem
-from .tiles import dot_halves, load_angles, load_halves, load_rows, rotated, store_halves, window_visible
+from .tiles import (
+    chunk_and_head,
+    dot_halves,
+    load_angles,
+    load_group,
+    load_group_halves,
+    load_halves,
+    load_rows,
+    rotated,
+    store_halves,
+    window_visible,
+)
 
 
 @triton.jit
@@ -76,9 +86,9 @@ def window_backward_queries(
     DOCS: tl.constexpr,
     ROPE: tl.constexpr,
 ):
-    bh = tl.program_id(1).to(tl.int64)
+    n, bh = chunk_and_head(tl.cdiv(T, C))
     b, h = bh // H, bh % H
-    t0 = tl.program_id(0) * C
+    t0 = n * C
     rows = tl.arange(0, C * RP)
     token, head = rows // RP, rows % RP
     index = tl.arange(0, C)
@@ -86,9 +96,9 @@ def window_backward_queries(
     at_row = token * (H * R) + head
     at_query = ((b * T + t0) * H + h) * R
     lowest = -((W - 1 + BN - 1) // BN) * BN
-    q1, q2 = load_halves(q + at_query * K, at_row, row_ok, K, HALF)
+    q1, q2 = load_group_halves(q + at_query * K, T - t0, C, R, RP, H, K, HALF)
     r1, r2 = rotated(q1, q2, cos, sin, token - lowest, K, ROPE)
-    do = load_rows(d_out + at_query * V, at_row, row_ok, V)
+    do = load_group(d_out + at_query * V, T - t0, C, R, RP, H, V)
     lse_row = tl.load(lse + at_query + at_row, mask=row_ok, other=float("inf"))
     lse_row = tl.where(lse_row == float("-inf"), float("inf"), lse_row) * LOG2_E  # nothing visible: probabilities 0
     delta = tl.load(delta_in + at_query + at_row, mask=row_ok, other=0.0)
@@ -169,9 +179,7 @@ def window_backward_keys(
     lse,
     delta_in,
     d_out,
-    dk_written,
-    dv_written,
-    dk,
+    dk,  # in: gradient through the slots, where a row was written; out: with the window's part
     dv,
     T,
     E,
@@ -189,9 +197,9 @@ def window_backward_keys(
     DOCS: tl.constexpr,
     ROPE: tl.constexpr,
 ):
-    bh = tl.program_id(1).to(tl.int64)
+    n, bh = chunk_and_head(tl.cdiv(E, BN))
     b, h = bh // H, bh % H
-    row0 = tl.program_id(0) * BN
+    row0 = n * BN
     near = tl.arange(0, BN)
     row = row0 + near
     row_ok = row < E
@@ -213,9 +221,9 @@ def window_backward_keys(
         query_ok = (t0 + token < T) & (head < R)
         query_row = held + t0 + token
         at_query = ((b * T + t0) * H + h) * R
-        q1, q2 = load_halves(q + at_query * K, at_row, query_ok, K, HALF)
+        q1, q2 = load_group_halves(q + at_query * K, T - t0, C, R, RP, H, K, HALF)
         q1, q2 = rotated(q1, q2, cos, sin, query_row - row0, K, ROPE)
-        do = load_rows(d_out + at_query * V, at_row, query_ok, V)
+        do = load_group(d_out + at_query * V, T - t0, C, R, RP, H, V)
         lse_row = tl.load(lse + at_query + at_row, mask=query_ok, other=float("inf"))
         lse_row = tl.where(lse_row == float("-inf"), float("inf"), lse_row) * LOG2_E
         delta = tl.load(delta_in + at_query + at_row, mask=query_ok, other=0.0)
@@ -235,19 +243,19 @@ def window_backward_keys(
     writer = row + W - held  # the query at which the row's token enters the slots
     writer_first = load_starts(start, b, 0, tl.maximum(writer, 0), T, DOCS)
     written = row_ok & (writer >= 0) & (writer < T) & (row >= writer_first)
-    w1, w2 = load_halves(dk_written + at_key * K, near * H, written, K, HALF)
+    w1, w2 = load_halves(dk + at_key * K, near * H, written, K, HALF)
     store_halves(dk + at_key * K, near * H, row_ok, dk1 + w1, dk2 + w2, K, HALF)
-    d_values += load_rows(dv_written + at_key * V, near * H, written, V)
+    d_values += load_rows(dv + at_key * V, near * H, written, V)
     at_values = dv + at_key * V + near[:, None] * (H * V) + tl.arange(0, V)[None, :]
     tl.store(at_values, d_values.to(dv.dtype.element_ty), mask=row_ok[:, None])
 
 
-def backward_window(problem: Problem, lse: Tensor, d_out: Tensor, gradients: Gradients) -> tuple[Tensor, Tensor]:
-    """Completes the gradient of the queries and returns those of keys and values."""
+def backward_window(problem: Problem, lse: Tensor, d_out: Tensor, gradients: Gradients) -> None:
+    """Adds the window's part to the gradients of queries, keys and values."""
     p, d = problem, gradients
-    constants = p.tile_constants("H R RP K V C BN HALF DOCS ROPE")
+    constants = p.tile_constants("H R RP K V C HALF DOCS ROPE")
     heads = p.batch * p.kv_heads
-    window_backward_queries[(p.num_chunks, heads)](
+    window_backward_queries[(p.num_chunks * heads,)](
         p.q,
         p.k,
         p.v,
@@ -264,11 +272,11 @@ def backward_window(problem: Problem, lse: Tensor, d_out: Tensor, gradients: Gra
         p.window,
         p.scale,
         **constants,
+        BN=p.tiles.window,
         num_warps=p.tiles.query_warps,
         num_stages=p.tiles.query_stages,
     )
-    dk, dv = torch.empty_like(p.k), torch.empty_like(p.v)
-    window_backward_keys[(triton.cdiv(p.num_rows, p.tiles.window), p.batch * p.kv_heads)](
+    window_backward_keys[(triton.cdiv(p.num_rows, p.tiles.key_rows) * p.batch * p.kv_heads,)](
         p.q,
         p.k,
         p.v,
@@ -278,17 +286,15 @@ def backward_window(problem: Problem, lse: Tensor, d_out: Tensor, gradients: Gra
         lse,
         d.delta,
         d_out,
-        d.written_keys,
-        d.written_values,
-        dk,
-        dv,
+        d.keys,
+        d.values,
         p.num_tokens,
         p.num_rows,
         p.held,
         p.window,
         p.scale,
         **constants,
+        BN=p.tiles.key_rows,
         num_warps=p.tiles.key_warps,
         num_stages=p.tiles.key_stages,
     )
-    return dk, dv

@@ -5,10 +5,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import continues_state, load_gates, load_starts, write_strength
-from .problem import Gradients, Problem
+from .common import continues_state, load_gates, load_starts, signed_sums, write_strength
+from .problem import Gradients, Problem, Slab
 from .states import ChunkStates
-from .tiles import dot_halves, load_halves, load_rows, load_state_halves, store_halves, to_decay_dtype
+from .tiles import chunk_and_head, dot_halves, load_halves, load_rows, load_state_halves, store_halves, to_decay_dtype
 
 
 @triton.jit
@@ -35,8 +35,8 @@ def compose_state_gradients(
     state_gradient,  # [B*H, N, M, K+V], in: from each chunk's reads to the slots before it; out: gradient of the slots after it
     log_gradient,  # [B*H, N, M], likewise of the sum of log-gates (LOG)
     chunk_decay,  # [B*H, N, M]
-    final_gradient,  # [B*H, M, K+V+1] gradient of the slots after the last token
-    initial_gradient,  # [B*H, M, K+V+1] gradient of the slots before the first token
+    final_gradient,  # [B*H, M, K+V+1] gradient of the slots after the slab
+    initial_gradient,  # [B*H, M, K+V+1] gradient of the slots before the slab
     num_chunks,
     M: tl.constexpr,
     D: tl.constexpr,  # K + V
@@ -115,7 +115,8 @@ def slot_backward_writes(
     E,
     held,
     W,
-    num_chunks,
+    first_chunk,  # of the slab
+    num_chunks,  # of the slab
     H: tl.constexpr,
     K: tl.constexpr,
     V: tl.constexpr,
@@ -124,15 +125,13 @@ def slot_backward_writes(
     BM: tl.constexpr,
     HALF: tl.constexpr,
     GATE_FLOOR: tl.constexpr,
-    GATE_DOT: tl.constexpr,
     DOCS: tl.constexpr,
     LOG: tl.constexpr,
 ):
     """Adds what later chunks give to the tokens written in a chunk: through the slots after the chunk, whose gradient is known."""
-    n = tl.program_id(0)
-    bh = tl.program_id(1).to(tl.int64)
+    n, bh = chunk_and_head(num_chunks)
     b, h = bh // H, bh % H
-    t0 = n * C
+    t0 = (first_chunk + n) * C
     index = tl.arange(0, C)
     first = load_starts(start, b, t0, index, T, DOCS)
     written_row = held + t0 - W + index
@@ -154,13 +153,13 @@ def slot_backward_writes(
         floored = tl.maximum(gate, GATE_FLOOR)
         strength = write_strength(floored)
         behind = tl.where(index[None, :] > index[:, None], 1.0, 0.0)
-        to_end = tl.exp(tl.dot(behind, floored, input_precision=GATE_DOT))
+        to_end = tl.exp(signed_sums(behind, floored))
 
         at_gradient = state_gradient + (bh * num_chunks + n) * M * (K + V)
         d1, d2 = load_state_halves(at_gradient, slot, slot_ok, K, K + V, HALF)
         at_values = at_gradient + K + slot[:, None] * (K + V) + tl.arange(0, V)[None, :]
         dsv = tl.load(at_values, mask=slot_ok[:, None], other=0.0)
-        at_state = (bh * (num_chunks + 1) + n) * M
+        at_state = (bh * num_chunks + n) * M
         s1, s2 = load_halves(state_keys + at_state * K, slot, slot_ok, K, HALF)
         sv = load_rows(state_values + at_state * V, slot, slot_ok, V)
         held_before = tl.sum(s1.to(tl.float32) * d1.to(tl.float32) + s2.to(tl.float32) * d2.to(tl.float32), 1)
@@ -178,7 +177,7 @@ def slot_backward_writes(
         strength_gradient = received * to_end
         # A gate decays what the slots held before the chunk and what earlier tokens of the chunk wrote.
         earlier = tl.where(index[None, :] < index[:, None], 1.0, 0.0)
-        dg = held_before[None, :] + tl.dot(earlier, strength * strength_gradient, input_precision=GATE_DOT)
+        dg = held_before[None, :] + signed_sums(earlier, strength * strength_gradient)
         dg -= tl.exp(floored) * strength_gradient
         at_gates = gate_gradient + at_written * M + index[:, None] * (H * M) + slot[None, :]
         gates_ok = kept[:, None] & slot_ok[None, :]
@@ -192,29 +191,30 @@ def slot_backward_writes(
     tl.store(at_values, (dv + before).to(dv_written.dtype.element_ty), mask=kept[:, None])
 
 
-def backward_writes(problem: Problem, states: ChunkStates, gradients: Gradients, d_final: Tensor | None) -> Tensor:
-    """Completes the gradients of written keys, written values and gates. Returns that of the slots before the first token."""
+def backward_writes(
+    problem: Problem, slab: Slab, states: ChunkStates, gradients: Gradients, d_after: Tensor | None, *, uses_log: bool
+) -> Tensor:
+    """Completes the gradients of keys, values and gates written in a slab. From the gradient of the slots after it to that before it."""
     p, d = problem, gradients
     width = p.key_dim + p.value_dim
     heads = p.batch * p.kv_heads
-    d_initial = torch.empty(heads, p.num_slots, width + 1, dtype=torch.float32, device=p.q.device)
-    uses_log = d_final is not None or p.empty_slots == "weight"
+    d_before = torch.empty(heads, p.num_slots, width + 1, dtype=torch.float32, device=p.q.device)
     compose_state_gradients[(p.num_slots, heads)](
         d.states,
         d.logs,
         states.chunk_decay,
-        d_initial if d_final is None else d_final,
-        d_initial,
-        p.num_chunks,
+        d_before if d_after is None else d_after,
+        d_before,
+        slab.chunks,
         M=p.num_slots,
         D=width,
         BD=triton.next_power_of_2(width),
-        HAS_FINAL=d_final is not None,
+        HAS_FINAL=d_after is not None,
         EMPTY=p.EMPTY,
         LOG=uses_log,
         num_warps=1,
     )
-    slot_backward_writes[(p.num_chunks, heads)](
+    slot_backward_writes[(slab.chunks * heads,)](
         p.k,
         p.v,
         p.g,
@@ -223,17 +223,19 @@ def backward_writes(problem: Problem, states: ChunkStates, gradients: Gradients,
         states.values,
         d.states,
         d.logs,
-        d.written_keys,
-        d.written_values,
+        d.keys,
+        d.values,
         d.gates,
         p.num_tokens,
         p.num_rows,
         p.held,
         p.window,
-        p.num_chunks,
-        **p.tile_constants("H K V M C BM HALF GATE_FLOOR GATE_DOT DOCS"),
+        slab.first,
+        slab.chunks,
+        **p.tile_constants("H K V M C BM HALF GATE_FLOOR DOCS"),
         LOG=uses_log,
         num_warps=4,
         num_stages=1,
+        maxnreg=p.tiles.write_registers,
     )
-    return d_initial
+    return d_before

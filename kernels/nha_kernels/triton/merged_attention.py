@@ -8,13 +8,12 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .backward_reads import backward_reads
-from .backward_writes import backward_writes
+from .backward_slots import backward_slots
 from .flash import Bounds, flash_backward, flash_forward
 from .forward import forward
 from .full_attention import cudnn_backward, cudnn_forward, full_attention_kernel
-from .problem import Problem, Tiles, empty_gradients
-from .states import SegmentStarts, chunk_states, segment_starts
+from .problem import Problem, Tiles
+from .states import SegmentStarts, segment_starts
 
 
 @dataclass(frozen=True)
@@ -60,9 +59,7 @@ class MergedAttention(torch.autograd.Function):
         else:
             problem = _problem(q, k, v, g, start, options)
             starts = segment_starts(problem, None if initial is None else initial.contiguous())
-            states = chunk_states(problem, starts)
-            slot_out, slot_lse = forward(problem, states)
-            final = states.final.view(q.shape[0], k.shape[2], *states.final.shape[1:])
+            slot_out, slot_lse, final = forward(problem, starts)
         lse = torch.logaddexp(slot_lse, window_lse)
         out = torch.exp(window_lse - lse)[..., None] * window_out
         if slot_out is not None:
@@ -90,13 +87,11 @@ class MergedAttention(torch.autograd.Function):
         if options.window is None:
             return None, None, d_rotated[2], torch.zeros_like(g), d_rotated[0], d_rotated[1], None, None, None, None
         p = _problem(q, k, v, g, start, options)
-        states = chunk_states(p, SegmentStarts(slots, log_decay, ctx.chunks_per_segment))
-        gradients = empty_gradients(p, lse)
-        backward_reads(p, states, out, lse, d_out, gradients)
-        d_initial = backward_writes(p, states, gradients, None if d_final is None else d_final.contiguous())
+        starts = SegmentStarts(slots, log_decay, ctx.chunks_per_segment)
+        gradients, d_initial = backward_slots(p, starts, out, lse, d_out, None if d_final is None else d_final.contiguous())
         d_initial = d_initial.view(p.batch, p.kv_heads, *d_initial.shape[1:]) if ctx.has_initial else None
-        dv = d_rotated[2] + gradients.written_values
-        return gradients.q, gradients.written_keys, dv, gradients.gates, d_rotated[0], d_rotated[1], d_initial, None, None, None
+        dv = d_rotated[2] + gradients.values
+        return gradients.q, gradients.keys, dv, gradients.gates, d_rotated[0], d_rotated[1], d_initial, None, None, None
 
 
 def _problem(q: Tensor, k: Tensor, v: Tensor, g: Tensor, start: Tensor | None, options: MergedOptions) -> Problem:

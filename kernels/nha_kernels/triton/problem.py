@@ -1,7 +1,7 @@
 """One call, described for the kernels: tensors, sizes, and the tile sizes that dispatch chose."""
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,8 +13,11 @@ class Tiles:
 
     chunk: int
     block: int
+    forward_slab: int  # chunks whose slots are in device memory at the same time, about
+    backward_slab: int
     slots: int  # slots taken at a time
-    window: int  # window rows taken at a time
+    window: int  # window rows that a program of queries takes at a time
+    key_rows: int  # rows of a program of the window's keys
     scan_slots: int = 16  # the scan is elementwise in the state: small pieces that one warp holds need no barrier
     scan_columns: int = 128
     scan_warps: int = 1
@@ -27,6 +30,17 @@ class Tiles:
     read_stages: int = 1
     query_stages: int = 1
     key_stages: int = 2
+    # Most registers of a thread, None for what the compiler takes: 168 leave room for three programs of four warps on a multiprocessor.
+    forward_registers: int | None = None
+    write_registers: int | None = None
+
+
+class Slab(NamedTuple):
+    """Consecutive chunks whose slots are in device memory at the same time: memory does not grow with the sequence, and what one kernel
+    writes the next one finds in the cache."""
+
+    first: int
+    chunks: int
 
 
 @dataclass(frozen=True)
@@ -118,10 +132,6 @@ class Problem:
     def GATE_FLOOR(self) -> float:
         return -64.0 / (self.tiles.block // 2)
 
-    @property
-    def GATE_DOT(self) -> str:
-        return "tf32x3"
-
     def tile_constants(self, names: str) -> dict[str, Any]:
         """Compile-time arguments of a kernel, by name."""
         group = self.query_heads // self.kv_heads
@@ -138,7 +148,6 @@ class Problem:
             "BN": self.tiles.window,
             "HALF": self.rotated_pairs or self.key_dim // 2,
             "GATE_FLOOR": self.GATE_FLOOR,
-            "GATE_DOT": self.GATE_DOT,
             "EMPTY": self.EMPTY,
             "DOCS": self.DOCS,
             "ONE_BLOCK": self.DOCS != 2 and self.C == self.tiles.block == 16,
@@ -154,15 +163,16 @@ class Gradients:
 
     q: Tensor
     delta: Tensor  # [B, T, HQ] <d_out, out>
-    states: Tensor  # [B*H, N, M, K+V] gradient of the slots: before each chunk, then (composed) after it
+    states: Tensor  # [B*H, N, M, K+V] gradient of the slots of a slab: before each chunk, then (composed) after it
     logs: Tensor  # [B*H, N, M] the same of the sum of log-gates
-    written_keys: Tensor  # [B, E, H, K] gradient through the slots; rows that were never written are not touched
-    written_values: Tensor  # [B, E, H, V]
+    keys: Tensor  # [B, E, H, K] gradient through the slots; rows that were never written are not touched. The window adds its part
+    values: Tensor  # [B, E, H, V]
     gates: Tensor  # [B, E, H, M]
 
 
-def empty_gradients(problem: Problem, lse: Tensor) -> Gradients:
-    """Gates that are never written have gradient zero; so have keys and values, where no window kernel adds to them."""
+def empty_gradients(problem: Problem, lse: Tensor, slab_chunks: int) -> Gradients:
+    """For slabs of at most `slab_chunks`. Gates that are never written have gradient zero; so have keys and values, where no window kernel
+    adds to them."""
     p = problem
     heads = p.batch * p.kv_heads
     wide = torch.bfloat16 if p.q.dtype == torch.float16 else p.q.dtype
@@ -170,9 +180,9 @@ def empty_gradients(problem: Problem, lse: Tensor) -> Gradients:
     return Gradients(
         q=torch.empty_like(p.q),
         delta=torch.empty_like(lse),
-        states=p.q.new_empty(heads, p.num_chunks, p.num_slots, p.key_dim + p.value_dim, dtype=wide),
-        logs=lse.new_empty(heads, p.num_chunks, p.num_slots),
-        written_keys=through_slots(p.k),
-        written_values=through_slots(p.v),
+        states=p.q.new_empty(heads, slab_chunks, p.num_slots, p.key_dim + p.value_dim, dtype=wide),
+        logs=lse.new_empty(heads, slab_chunks, p.num_slots),
+        keys=through_slots(p.k),
+        values=through_slots(p.v),
         gates=torch.zeros_like(p.g),
     )

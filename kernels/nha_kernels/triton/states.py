@@ -12,8 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import continues_state, load_starts, write_strength
-from .problem import Problem
+from .common import continues_state, load_starts, split_tf32, write_strength
+from .problem import Problem, Slab
 
 
 @triton.jit
@@ -25,16 +25,18 @@ def scan_segments(
     initial,  # [B*H, segments, M, K+V] slots before each segment, or the slots after it (FIRST_PASS)
     initial_log,  # [B*H, segments, M] sum of log-gates, likewise
     decay_log,  # [B*H, segments, M] decay of the segment as a logarithm, -inf where a document begins in it (FIRST_PASS)
-    state_keys,  # [B*H, chunks + 1, M, K] slots before each chunk and after the last one
-    state_values,  # [B*H, chunks + 1, M, V]
-    state_log,  # [B*H, chunks + 1, M] sum of the log-gates written so far
+    state_keys,  # [B*H, chunks, M, K] slots before each chunk of the slab
+    state_values,  # [B*H, chunks, M, V]
+    state_log,  # [B*H, chunks, M] sum of the log-gates written so far
     chunk_decay,  # [B*H, chunks, M] decay of the slots over the chunk, -1 where they are not carried on
     final,  # [B*H, M, K+V+1] slots and log-decay after the last token, float32
     T,
     E,
     held,
     W,
-    num_chunks,
+    first_chunk,  # of the slab
+    num_chunks,  # of the slab; all with FIRST_PASS
+    num_segments,  # of the sequence
     chunks_per_segment,
     H: tl.constexpr,
     K: tl.constexpr,
@@ -44,16 +46,14 @@ def scan_segments(
     BM: tl.constexpr,
     BD: tl.constexpr,
     GATE_FLOOR: tl.constexpr,
-    GATE_DOT: tl.constexpr,
     DOCS: tl.constexpr,
     FIRST_PASS: tl.constexpr,
 ):
-    segment = tl.program_id(0)
+    segment = first_chunk // chunks_per_segment + tl.program_id(0)
     block_m = tl.program_id(1) // ((K + V) // BD)
     block_d = tl.program_id(1) % ((K + V) // BD)
     bh = tl.program_id(2).to(tl.int64)
     b, h = bh // H, bh % H
-    num_segments = tl.num_programs(0)
 
     slot = block_m * BM + tl.arange(0, BM)
     index = tl.arange(0, C)
@@ -82,11 +82,11 @@ def scan_segments(
     else:
         dim = tl.where(of_keys, K, V)
 
-    first_chunk = segment * chunks_per_segment
-    for n in range(first_chunk, tl.minimum(first_chunk + chunks_per_segment, num_chunks)):
+    begin = segment * chunks_per_segment
+    for n in range(begin, tl.minimum(begin + chunks_per_segment, first_chunk + num_chunks)):
         t0 = n * C
+        at_chunk = bh * num_chunks + n - first_chunk
         if not FIRST_PASS:
-            at_chunk = bh * (num_chunks + 1) + n
             tl.store(
                 target + at_chunk * M * dim + slot[:, None] * dim + x_column[None, :],
                 state.to(target.dtype.element_ty),
@@ -101,7 +101,8 @@ def scan_segments(
         gate = tl.load(gates, mask=slot_ok[:, None] & kept[None, :], other=0.0)
         floored = tl.maximum(gate, GATE_FLOOR)
         behind = tl.where(index[:, None] > index[None, :], 1.0, 0.0)
-        after = tl.dot(floored, behind, input_precision=GATE_DOT)  # log-gates of the writes that follow in the chunk
+        leading, rest = split_tf32(floored)  # log-gates of the writes that follow in the chunk, summed as by `signed_sums`
+        after = tl.dot(leading, behind, tl.dot(rest, behind, input_precision="tf32"), input_precision="tf32")
         weight = write_strength(floored) * tl.exp(after)
         values = tl.load(x + (base * H + h) * dim + index[:, None] * (H * dim) + x_column[None, :], mask=kept[:, None], other=0.0)
         if values.dtype == tl.float16:  # a weight may be far below fp16's smallest number
@@ -116,7 +117,7 @@ def scan_segments(
             if keeps_log:
                 tl.store(state_log + at_chunk * M + slot, log_mass, mask=slot_ok)
                 carried = tl.where(continues, decay, -1.0)
-                tl.store(chunk_decay + (bh * num_chunks + n) * M + slot, carried, mask=slot_ok)
+                tl.store(chunk_decay + at_chunk * M + slot, carried, mask=slot_ok)
         exact = tl.sum(tl.maximum(gate, -40.0), axis=1)
         log_mass = tl.where(continues, log_mass, 0.0) + exact
         log_decay = tl.where(continues, log_decay + total, float("-inf"))
@@ -127,14 +128,9 @@ def scan_segments(
             tl.store(initial_log + at_segment * M + slot, log_mass, mask=slot_ok)
             tl.store(decay_log + at_segment * M + slot, log_decay, mask=slot_ok)
     elif segment == num_segments - 1:
-        at_end = bh * (num_chunks + 1) + num_chunks
-        tl.store(
-            target + at_end * M * dim + slot[:, None] * dim + x_column[None, :], state.to(target.dtype.element_ty), mask=slot_ok[:, None]
-        )
         tl.store(final + (bh * M + slot[:, None]) * (K + V + 1) + column[None, :], state, mask=slot_ok[:, None])
         if keeps_log:
             tl.store(final + (bh * M + slot) * (K + V + 1) + K + V, log_mass, mask=slot_ok)
-            tl.store(state_log + at_end * M + slot, log_mass, mask=slot_ok)
 
 
 @triton.jit
@@ -191,8 +187,8 @@ def compose_segments(
 
 
 class ChunkStates(NamedTuple):
-    """Slots before each chunk and after the last: keys [B*H, N+1, M, K], values [B*H, N+1, M, V], log-decay [B*H, N+1, M];
-    decay over each chunk [B*H, N, M], -1 where a document ends; final [B*H, M, K+V+1] in float32."""
+    """Slots before each chunk of a slab: keys [B*H, N, M, K], values [B*H, N, M, V], log-decay [B*H, N, M]; decay over each chunk
+    [B*H, N, M], -1 where a document ends. Slots after the last token: final [B*H, M, K+V+1] in float32, written by the last slab."""
 
     keys: Tensor
     values: Tensor
@@ -210,6 +206,7 @@ class SegmentStarts(NamedTuple):
 
 
 _PROGRAMS = 2048  # enough to fill any chip of today several times
+_SEGMENTS_OF_SLAB = 16  # a slab is scanned by itself: enough segments to fill the chip
 _LEAST_CHUNKS = 8  # shorter segments cost more in composing than they gain
 
 
@@ -218,7 +215,7 @@ def segment_starts(problem: Problem, initial: Tensor | None) -> SegmentStarts:
     p = problem
     heads, width = p.batch * p.kv_heads, p.key_dim + p.value_dim
     per_chunk = heads * triton.cdiv(p.num_slots, p.tiles.scan_slots) * (width // p.tiles.scan_columns)
-    length = max(_LEAST_CHUNKS, triton.cdiv(p.num_chunks * per_chunk, _PROGRAMS))
+    length = max(_LEAST_CHUNKS, min(triton.cdiv(p.num_chunks * per_chunk, _PROGRAMS), p.tiles.backward_slab // _SEGMENTS_OF_SLAB))
     segments = triton.cdiv(p.num_chunks, length)
     options = {"dtype": torch.float32, "device": p.k.device}
     if segments == 1:
@@ -231,7 +228,7 @@ def segment_starts(problem: Problem, initial: Tensor | None) -> SegmentStarts:
     slots = torch.empty(heads, segments, p.num_slots, width, **options)
     logs = torch.empty(heads, segments, p.num_slots, **options)
     decays = torch.empty_like(logs)
-    _scan(p, SegmentStarts(slots, logs, length), decays, None, first_pass=True)
+    _scan(p, SegmentStarts(slots, logs, length), decays, Slab(0, p.num_chunks), None)
     compose_segments[(p.num_slots, heads)](
         slots,
         logs,
@@ -247,26 +244,36 @@ def segment_starts(problem: Problem, initial: Tensor | None) -> SegmentStarts:
     return SegmentStarts(slots, logs, length)
 
 
-def chunk_states(problem: Problem, starts: SegmentStarts) -> ChunkStates:
+def slabs(problem: Problem, starts: SegmentStarts, chunks: int) -> list[Slab]:
+    """Slabs of about `chunks` chunks, each of whole segments so that it can be scanned by itself."""
+    length = starts.chunks_per_segment * max(1, chunks // starts.chunks_per_segment)
+    firsts = range(0, problem.num_chunks, length)
+    return [Slab(first, min(length, problem.num_chunks - first)) for first in firsts]
+
+
+def empty_states(problem: Problem, chunks: int) -> ChunkStates:
     p = problem
     heads = p.batch * p.kv_heads
     options = {"dtype": torch.float32, "device": p.k.device}
-    states = ChunkStates(
-        torch.empty(heads, p.num_chunks + 1, p.num_slots, p.key_dim, dtype=p.k.dtype, device=p.k.device),
-        torch.empty(heads, p.num_chunks + 1, p.num_slots, p.value_dim, dtype=p.k.dtype, device=p.k.device),
-        torch.empty(heads, p.num_chunks + 1, p.num_slots, **options),
-        torch.empty(heads, p.num_chunks, p.num_slots, **options),
+    return ChunkStates(
+        torch.empty(heads * chunks, p.num_slots, p.key_dim, dtype=p.k.dtype, device=p.k.device),
+        torch.empty(heads * chunks, p.num_slots, p.value_dim, dtype=p.k.dtype, device=p.k.device),
+        torch.empty(heads * chunks, p.num_slots, **options),
+        torch.empty(heads * chunks, p.num_slots, **options),
         torch.empty(heads, p.num_slots, p.key_dim + p.value_dim + 1, **options),
     )
-    _scan(p, starts, starts.log_decay, states, first_pass=False)
-    return states
 
 
-def _scan(p: Problem, starts: SegmentStarts, decays: Tensor, states: ChunkStates | None, *, first_pass: bool) -> None:
+def scan_slab(problem: Problem, starts: SegmentStarts, slab: Slab, states: ChunkStates) -> None:
+    """Fills `states`, which may be longer than the slab: its first rows are used."""
+    _scan(problem, starts, starts.log_decay, slab, states)
+
+
+def _scan(p: Problem, starts: SegmentStarts, decays: Tensor, slab: Slab, states: ChunkStates | None) -> None:
     """Without `states` their arguments are never touched; any pointer of the right type stands in."""
     keys, values, log_decay, chunk_decay, final = states or (p.k, p.v, decays, decays, decays)
     grid = (
-        starts.slots.shape[1],
+        triton.cdiv(slab.chunks, starts.chunks_per_segment),
         triton.cdiv(p.num_slots, p.tiles.scan_slots) * ((p.key_dim + p.value_dim) // p.tiles.scan_columns),
         p.batch * p.kv_heads,
     )
@@ -287,7 +294,9 @@ def _scan(p: Problem, starts: SegmentStarts, decays: Tensor, states: ChunkStates
         p.num_rows,
         p.held,
         p.window,
-        p.num_chunks,
+        slab.first,
+        slab.chunks,
+        starts.slots.shape[1],
         starts.chunks_per_segment,
         H=p.kv_heads,
         K=p.key_dim,
@@ -297,9 +306,8 @@ def _scan(p: Problem, starts: SegmentStarts, decays: Tensor, states: ChunkStates
         BM=p.tiles.scan_slots,
         BD=p.tiles.scan_columns,
         GATE_FLOOR=p.GATE_FLOOR,
-        GATE_DOT=p.GATE_DOT,
         DOCS=p.DOCS,
-        FIRST_PASS=first_pass,
+        FIRST_PASS=states is None,
         num_warps=p.tiles.scan_warps,
         num_stages=p.tiles.scan_stages,
     )

@@ -3,9 +3,15 @@
 import triton
 import triton.language as tl
 
-from .common import LARGEST_EXPONENT, channel_halves, decay_exponent, load_starts, reference_token, rotate, write_strength
+from .common import LARGEST_EXPONENT, channel_halves, decay_exponent, load_starts, reference_token, rotate, signed_sums, write_strength
 
 SMALLEST_NORMAL = tl.constexpr(1.1754943508222875e-38)
+
+
+@triton.jit
+def chunk_and_head(num_chunks):
+    heads = tl.num_programs(0) // num_chunks
+    return tl.program_id(0) // heads, (tl.program_id(0) % heads).to(tl.int64)
 
 
 @triton.jit
@@ -41,6 +47,54 @@ def store_halves(at, row, row_ok, x1, x2, K: tl.constexpr, HALF: tl.constexpr):
 @triton.jit
 def load_rows(at, row, row_ok, N: tl.constexpr):
     return tl.load(at + row[:, None] * N + tl.arange(0, N)[None, :], mask=row_ok[:, None], other=0.0)
+
+
+@triton.jit
+def load_group(
+    at, num_tokens, C: tl.constexpr, R: tl.constexpr, RP: tl.constexpr, H: tl.constexpr, N: tl.constexpr, AGAIN: tl.constexpr = False
+):
+    token = tl.arange(0, C)[:, None, None]
+    head = tl.arange(0, RP)[None, :, None]
+    pointers = at + token * (H * R * N) + head * N + tl.arange(0, N)[None, None, :]
+    ok = token < num_tokens
+    if R < RP:
+        ok = ok & (head < R)
+    if AGAIN:
+        x = tl.load(pointers, mask=ok, other=0.0, eviction_policy="evict_last")
+    else:
+        x = tl.load(pointers, mask=ok, other=0.0)
+    return tl.reshape(x, (C * RP, N))
+
+
+@triton.jit
+def load_group_halves(
+    at, num_tokens, C: tl.constexpr, R: tl.constexpr, RP: tl.constexpr, H: tl.constexpr, K: tl.constexpr, HALF: tl.constexpr
+):
+    first, second = channel_halves(tl.arange(0, K // 2), K, HALF)
+    token = tl.arange(0, C)[:, None, None]
+    head = tl.arange(0, RP)[None, :, None]
+    pointers = at + token * (H * R * K) + head * K
+    ok = token < num_tokens
+    if R < RP:
+        ok = ok & (head < R)
+    x1 = tl.load(pointers + first[None, None, :], mask=ok, other=0.0)
+    x2 = tl.load(pointers + second[None, None, :], mask=ok, other=0.0)
+    return tl.reshape(x1, (C * RP, K // 2)), tl.reshape(x2, (C * RP, K // 2))
+
+
+@triton.jit
+def load_tile(at, num_rows, ROWS: tl.constexpr, N: tl.constexpr, AGAIN: tl.constexpr = False):
+    row = tl.arange(0, ROWS)[:, None]
+    pointers = at + row * N + tl.arange(0, N)[None, :]
+    if AGAIN:
+        return tl.load(pointers, mask=row < num_rows, other=0.0, eviction_policy="evict_last")
+    return tl.load(pointers, mask=row < num_rows, other=0.0)
+
+
+@triton.jit
+def load_rows_again(at, row, row_ok, N: tl.constexpr):
+    """As `load_rows`; the different hint keeps the compiler from holding the first load in registers until here."""
+    return tl.load(at + row[:, None] * N + tl.arange(0, N)[None, :], mask=row_ok[:, None], other=0.0, eviction_policy="evict_last")
 
 
 @triton.jit
@@ -103,7 +157,6 @@ def row_decays(
     BLOCK: tl.constexpr,
     DOCS: tl.constexpr,
     ONE_BLOCK: tl.constexpr,
-    GATE_DOT: tl.constexpr,
 ):
     """Decay of the slots before the chunk at each row, [rows, M], in its document; also its exponent and `at_reference` [M].
 
@@ -113,7 +166,7 @@ def row_decays(
     summed = index[None, :] <= token[:, None]
     if DOCS == 2:
         summed = summed & (index_first[None, :] == first[:, None])
-    exponent = tl.dot(tl.where(summed, 1.0, 0.0), gate, input_precision=GATE_DOT)
+    exponent = signed_sums(tl.where(summed, 1.0, 0.0), gate)
     reference = tl.sum(tl.where((index < BLOCK // 2)[:, None], gate, 0.0), 0)
     if ONE_BLOCK:
         decay = tl.exp(exponent - reference[None, :])
@@ -150,7 +203,6 @@ def pair_factors(
     BLOCK: tl.constexpr,
     DOCS: tl.constexpr,
     ONE_BLOCK: tl.constexpr,
-    GATE_DOT: tl.constexpr,
 ):
     """Decay from a write of the block to a row as a product: to_row [rows, M] from the block's reference token on, 0 for rows before the
     block; to_reference [C, M] up to it, 0 outside of the block."""
@@ -159,10 +211,25 @@ def pair_factors(
         # A reference per document, and no difference of sums: exact isolation, and float32 without cancellation.
         at_middle = load_starts(start, b, t0, tl.zeros_like(index) + middle, T, DOCS)
         reference = reference_token(index_first, at_middle, BLOCK_START, held, t0, BLOCK, DOCS)
-        key_exponent = decay_exponent(index, reference, index, gate, GATE_DOT)
+        key_exponent = decay_exponent(
+            index,
+            reference,
+            index,
+            gate,
+        )
         at_middle = load_starts(start, b, t0, tl.zeros_like(token) + middle, T, DOCS)
         reference = reference_token(first, at_middle, BLOCK_START, held, t0, BLOCK, DOCS)
-        to_row = tl.exp(tl.minimum(decay_exponent(token, reference, index, gate, GATE_DOT), LARGEST_EXPONENT))
+        to_row = tl.exp(
+            tl.minimum(
+                decay_exponent(
+                    token,
+                    reference,
+                    index,
+                    gate,
+                ),
+                LARGEST_EXPONENT,
+            )
+        )
     else:
         at_reference = tl.sum(tl.where((index <= middle)[:, None], gate, 0.0), 0)
         key_exponent = tl.cumsum(gate, 0) - at_reference[None, :]
@@ -178,10 +245,10 @@ def pair_factors(
 
 
 @triton.jit
-def log_mass_rows(token, first, index, index_first, exact_gate, log_before, continues, GATE_DOT: tl.constexpr):
+def log_mass_rows(token, first, index, index_first, exact_gate, log_before, continues):
     """Sum of the log-gates written to each slot up to each row, in its document: [rows, M]."""
     summed = (index[None, :] <= token[:, None]) & (index_first[None, :] == first[:, None])
-    log_mass = tl.dot(tl.where(summed, 1.0, 0.0), exact_gate, input_precision=GATE_DOT)
+    log_mass = signed_sums(tl.where(summed, 1.0, 0.0), exact_gate)
     return log_mass + tl.where(continues[:, None], log_before[None, :], 0.0)
 
 
