@@ -23,10 +23,10 @@ def _fold(logits, largest, total, acc):
 
 @triton.jit
 def _cos_sin(turns):
-    """Of angles in turns. Series around the nearest quarter turn: exact to float32, and without the branch for huge angles of the library's
-    functions, which takes 80 registers."""
+    """Of angles in turns, float64 to float32. Series around the nearest quarter turn: exact to float32, and without the branch for huge
+    angles of the library's functions, which takes 80 registers."""
     quarter = tl.floor(4 * turns + 0.5)
-    x = (turns - 0.25 * quarter) * 6.283185307179586
+    x = ((turns - 0.25 * quarter) * 6.283185307179586).to(tl.float32)
     x2 = x * x
     s = x * (1 - x2 * (1 / 6) * (1 - x2 * (1 / 20) * (1 - x2 * (1 / 42) * (1 - x2 * (1 / 72)))))
     c = 1 - x2 * (1 / 2) * (1 - x2 * (1 / 12) * (1 - x2 * (1 / 30) * (1 - x2 * (1 / 56))))
@@ -37,17 +37,14 @@ def _cos_sin(turns):
 
 
 @triton.jit
-def _rotated(x1, x2, base, offset, frequencies, factor, K: tl.constexpr, PAIRS: tl.constexpr, ROPE: tl.constexpr):
-    """Halves rotated to base + offset, in their own dtype. The turns up to `base` are counted in float64, so an angle far from 0 keeps its
-    digits; offsets are below 64, where float32 does."""
+def _rotated(x1, x2, offset, frequencies, factor, K: tl.constexpr, PAIRS: tl.constexpr, ROPE: tl.constexpr):
+    """Halves rotated to `offset`, in their own dtype. Turns are counted in float64, so an angle far from 0 keeps its digits."""
     if not ROPE:
         return x1, x2
     pair = tl.arange(0, K // 2)
     turning = pair < PAIRS
     turns = tl.load(frequencies + pair, mask=turning, other=0.0).to(tl.float64) * 0.15915494309189535  # 1 / (2 pi)
-    before = turns * base
-    before = (before - tl.floor(before + 0.5)).to(tl.float32)
-    cos, sin = _cos_sin(before[None, :] + offset.to(tl.float32)[:, None] * turns.to(tl.float32)[None, :])
+    cos, sin = _cos_sin(offset.to(tl.float64)[:, None] * turns[None, :])
     length = tl.where(turning, factor, 1.0)[None, :]  # channels that do not rotate keep their length
     r1, r2 = rotate(x1.to(tl.float32), x2.to(tl.float32), cos * length, sin * length)
     return r1.to(x1.dtype), r2.to(x1.dtype)
@@ -155,32 +152,29 @@ def _attend_window(
     K: tl.constexpr,
     V: tl.constexpr,
     ROWS: tl.constexpr,
-    ROW_BLOCKS: tl.constexpr,
     BN: tl.constexpr,
     HALF: tl.constexpr,
     PAIRS: tl.constexpr,
     ROPE: tl.constexpr,
 ):
     b, h = bh // H, bh % H
-    # Once, unless large tiles exceed the registers. Unrolled: out of a loop the compiler would move the rotation's tables, and keep them.
-    for block in tl.static_range(0, ROW_BLOCKS):
-        row = block * ROWS + tl.arange(0, ROWS)
+    for first_row in range(0, T * R, ROWS):  # once, unless large tiles exceed the registers
+        row = first_row + tl.arange(0, ROWS)
         token, head = row // R, row % R
         row_ok = token < T
         q1, q2 = load_halves(q + (b * T * H + h) * (R * K), token * (H * R) + head, row_ok, K, HALF)
         dtype = q1.dtype
-        q1, q2 = _rotated(q1, q2, W, token, frequencies, rope_factor, K, PAIRS, ROPE)
+        q1, q2 = _rotated(q1, q2, W + token, frequencies, rope_factor, K, PAIRS, ROPE)
         largest = tl.full((ROWS,), float("-inf"), tl.float32)
         total = tl.zeros((ROWS,), tl.float32)
         acc = tl.zeros((ROWS, V), tl.float32)
         for i in range(first_index, last_index, BN):
-            step = tl.arange(0, BN)
-            index = i + step
+            index = i + tl.arange(0, BN)
             there = (index < last_index) & (seen - W + index >= 0)
             place = start + index
             place = tl.where(place >= W, place - W, place) * H
             k1, k2 = load_halves(window_keys + (b * W * H + h) * K, place, there, K, HALF)
-            k1, k2 = _rotated(k1, k2, i, step, frequencies, rope_factor, K, PAIRS, ROPE)
+            k1, k2 = _rotated(k1, k2, index, frequencies, rope_factor, K, PAIRS, ROPE)
             visible = there[None, :] & (index[None, :] > token[:, None])
             logits = tl.where(visible, dot_halves(q1, q2, k1, k2) * logit_scale, float("-inf"))
             p, largest, total, acc = _fold(logits, largest, total, acc)
@@ -189,7 +183,7 @@ def _attend_window(
         if with_new_tokens:
             new = tl.arange(0, 16)
             k1, k2 = load_halves(k + (b * T * H + h) * K, new * H, new < T, K, HALF)
-            k1, k2 = _rotated(k1, k2, W, new, frequencies, rope_factor, K, PAIRS, ROPE)
+            k1, k2 = _rotated(k1, k2, W + new, frequencies, rope_factor, K, PAIRS, ROPE)
             lag = token[:, None] - new[None, :]
             logits = tl.where((lag >= 0) & (lag < W), dot_halves(q1, q2, k1, k2) * logit_scale, float("-inf"))
             p, largest, total, acc = _fold(logits, largest, total, acc)
@@ -232,7 +226,6 @@ def attend_pieces(
     M: tl.constexpr,
     BM: tl.constexpr,
     ROWS: tl.constexpr,
-    ROW_BLOCKS: tl.constexpr,
     BN: tl.constexpr,
     HALF: tl.constexpr,
     PAIRS: tl.constexpr,
@@ -305,7 +298,6 @@ def attend_pieces(
             K,
             V,
             ROWS,
-            ROW_BLOCKS,
             BN,
             HALF,
             PAIRS,
