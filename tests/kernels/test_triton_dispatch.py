@@ -47,3 +47,9 @@ def test_tables_are_static(monkeypatch: pytest.MonkeyPatch) -> None:
     short = explain_dispatch(*call(), window=64)
     long = explain_dispatch(*(x.expand(3, -1, -1, -1).repeat(1, 50, 1, 1) for x in call()), window=64)
     assert short == long and short.startswith("triton: fused, Tiles(chunk=16")
+
+
+def test_wide_windows_attend_through_flash(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert explain_dispatch(*call(), window=512).startswith("triton: fused")
+    assert explain_dispatch(*call(), window=513).startswith("triton: window by PyTorch's flash kernel")

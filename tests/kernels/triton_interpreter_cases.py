@@ -12,7 +12,6 @@ from torch.nn.functional import logsigmoid
 
 from nha_kernels import Memory, nha_attention
 from nha_kernels.chunked import chunked_attention
-from nha_kernels.rope import rope_tables, rotate
 from nha_kernels.triton.dispatch import choose_tiles
 from nha_kernels.triton.flash import Bounds
 from nha_kernels.triton.problem import Tiles
@@ -193,16 +192,3 @@ def test_full_attention_by_another_library_equals_torch(empty_slots: str, monkey
         results.append([out, *torch.autograd.grad((out * weight).sum(), leaves[:3])])
     for given, exact in zip(*results, strict=True):
         assert (given - exact).norm() <= TOLERANCE * exact.norm()
-
-
-@pytest.mark.parametrize("pairs", [32, 8])
-def test_rotation_in_one_pass_equals_torch(pairs: int) -> None:
-    from nha_kernels.triton.rotary import rotated_on_gpu
-
-    generator = torch.Generator().manual_seed(6)
-    x = torch.randn(2, 7, 3, 64, generator=generator).requires_grad_()
-    cos, sin = rope_tables(torch.arange(7) + 900, torch.rand(pairs, generator=generator), 1.3, torch.float32)
-    given, exact = rotated_on_gpu(x, cos, sin), rotate(x, cos, sin)
-    weight = torch.randn(x.shape, generator=generator)
-    torch.testing.assert_close(given, exact, rtol=1e-6, atol=1e-6)  # one product and one sum in float32
-    torch.testing.assert_close(*(torch.autograd.grad((y * weight).sum(), x)[0] for y in (given, exact)), rtol=1e-6, atol=1e-6)
