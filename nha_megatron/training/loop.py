@@ -78,7 +78,7 @@ def train(
             step = progress.step + 1
             stage = next(stage for stage in stages if step <= stage.last_step)
             if data.stage is not stage:
-                data.begin(stage)
+                data.begin(stage, layout)
                 engine.begin_stage(stage.config)
                 throughput = Throughput(stage.config, layout.device, layout.world_size)
                 if step == stage.steps_before + 1:

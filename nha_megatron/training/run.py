@@ -61,22 +61,22 @@ def pretrain(config: RunConfig) -> signal.Signals | None:
     layout = create_layout(phases[0][0].config, choose_device(config.training.device))
     say = print if layout.rank == 0 else _ignore
     config.check_world(layout.world_size)
-    files = check_data(config, layout, say)
-    checkpoint = newest_checkpoint(config, say)
-    step = 0 if checkpoint is None else read_manifest(checkpoint).step
-    stopped_by = None
-    while True:
-        phase = next((phase for phase in phases if step < phase[-1].last_step), phases[-1])
-        if phase is not phases[0]:
-            layout = create_layout(phase[0].config, layout.device)
-        step, stopped_by = run_phase(config, phase, layout, files, checkpoint, say)
-        if stopped_by or step >= config.training.steps:
-            break
-        checkpoint = step_directory(config.checkpoint_directory, step)
-        # The engine is a cycle of references; its memory is needed for the next one.
-        gc.collect()
-        if layout.device.type == "cuda":
-            torch.cuda.empty_cache()
+    with StageData(config) as data:
+        files = check_data(config, layout, say)
+        checkpoint = newest_checkpoint(config, say)
+        step = 0 if checkpoint is None else read_manifest(checkpoint).step
+        while True:
+            phase = next((phase for phase in phases if step < phase[-1].last_step), phases[-1])
+            if phase is not phases[0]:
+                layout = create_layout(phase[0].config, layout.device)
+            step, stopped_by = run_phase(config, phase, layout, data, files, checkpoint, say)
+            if stopped_by or step >= config.training.steps:
+                break
+            checkpoint = step_directory(config.checkpoint_directory, step)
+            # The engine is a cycle of references; its memory is needed for the next one.
+            gc.collect()
+            if layout.device.type == "cuda":
+                torch.cuda.empty_cache()
     if joined_here:
         leave(config, layout)
     return stopped_by
@@ -86,6 +86,7 @@ def run_phase(
     config: RunConfig,
     phase: tuple[Stage, ...],
     layout: Layout,
+    data: StageData,
     files: list[CheckedFile],
     checkpoint: Path | None,
     say: Callable[[str], None],
@@ -95,25 +96,24 @@ def run_phase(
     Returns the step that the run has come to, and the signal that ended it early, if one did; both saved.
     """
     built = phase[0].config
-    with StageData(config, layout) as data:
-        engine = create_engine(built, layout.device, layout)
-        say(f"{layout.describe()} on {layout.device.type}, {config.model.num_parameters():,} parameters")
-        zero = zero_settings(config.training)
-        if zero is not None:
-            say(f"engine deepspeed, ZeRO stage {zero.stage}")
-        if built.full_layer_exchange is not None:
-            exchange, reason = built.full_layer_exchange
-            say(f"full-attention layers over {layout.cp_size} context ranks: {exchange}, because {reason}")
-        identity = data_identity(config)
-        progress = start(config, engine, checkpoint, identity, say)
-        if progress.step >= config.training.steps:
-            say(f"the run is complete: step {progress.step} of {config.training.steps}. Raise training.steps to train further")
-            engine.close()
-            return progress.step, None
-        on_rank_zero(f"logging.directory {config.logging.directory} cannot be used", lambda: prepare_folder(config, files))
-        stopped_by = run(config, engine, layout, data, identity, progress, phase[-1].last_step, say)
+    engine = create_engine(built, layout.device, layout)
+    say(f"{layout.describe()} on {layout.device.type}, {config.model.num_parameters():,} parameters")
+    zero = zero_settings(config.training)
+    if zero is not None:
+        say(f"engine deepspeed, ZeRO stage {zero.stage}")
+    if built.full_layer_exchange is not None:
+        exchange, reason = built.full_layer_exchange
+        say(f"full-attention layers over {layout.cp_size} context ranks: {exchange}, because {reason}")
+    identity = data_identity(config)
+    progress = start(config, engine, checkpoint, identity, say)
+    if progress.step >= config.training.steps:
+        say(f"the run is complete: step {progress.step} of {config.training.steps}. Raise training.steps to train further")
         engine.close()
-        return progress.step, stopped_by
+        return progress.step, None
+    on_rank_zero(f"logging.directory {config.logging.directory} cannot be used", lambda: prepare_folder(config, files))
+    stopped_by = run(config, engine, layout, data, identity, progress, phase[-1].last_step, say)
+    engine.close()
+    return progress.step, stopped_by
 
 
 def newest_checkpoint(config: RunConfig, say: Callable[[str], None]) -> Path | None:

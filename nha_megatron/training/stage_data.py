@@ -23,8 +23,7 @@ class StageData:
     Raises `ConfigError` when token files do not fit the configuration.
     """
 
-    def __init__(self, config: RunConfig, layout: Layout) -> None:
-        self._place = (layout.dp_rank, layout.dp_size, layout.cp_rank, layout.cp_size)
+    def __init__(self, config: RunConfig) -> None:
         self._orders: dict[int, tuple[SampleOrder, SampleOrder | None]] = {}
         self._training: BatchReader | None = None
         self._validation: BatchReader | None = None
@@ -44,16 +43,17 @@ class StageData:
             validation = None if config.training.validate_every is None else open_samples(data, "validation", end_of_text, vocabulary)
             self._orders[stage.number] = training, validation
 
-    def begin(self, stage: Stage) -> None:
-        """Reads this stage from now on; the stages before it are let go."""
+    def begin(self, stage: Stage, layout: Layout) -> None:
+        """Reads this stage from now on, as this rank of the layout; the stages before it are let go."""
         self.close()
+        place = (layout.dp_rank, layout.dp_size, layout.cp_rank, layout.cp_size)
         self._orders = {number: orders for number, orders in self._orders.items() if number >= stage.number}
         training, validation = self._orders[stage.number]
         self.stage = stage
-        self._training = BatchReader(training, stage.config, *self._place)
+        self._training = BatchReader(training, stage.config, *place)
         if validation is not None:
             # Evaluations read a few batches from the start each time: reading ahead of the last one would be for nothing.
-            self._validation = BatchReader(validation, stage.config, *self._place, prefetch=False)
+            self._validation = BatchReader(validation, stage.config, *place, prefetch=False)
 
     @property
     def padding_share(self) -> float:
