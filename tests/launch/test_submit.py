@@ -91,7 +91,7 @@ def test_a_chain_is_jobs_that_wait_for_each_other(folder: Path, sbatch: Path) ->
 TWO = ("--nodes", "2", "--time", "60")
 REFUSED: dict[str, tuple[tuple[str, ...], dict[str, Any], str]] = {
     "unknown key": ((*TWO, "model.num_slotz=4"), {}, "did you mean 'num_slots'"),
-    "engine": ((*TWO, "training.engine=deepspeed"), {}, "deepspeed"),
+    "engine": ((*TWO, "training.engine=deepspeed", "parallel.context=1", "parallel.pipeline=2"), {}, "deepspeed"),
     "layout": (("--nodes", "3", "--time", "60"), {}, "world size 3"),
     "batch": ((*TWO, "parallel.context=1", "training.global_batch_size=3"), {}, "global_batch_size 3"),
     "no data": ((*TWO, "data.path=nowhere"), {}, "data.path 'nowhere': no file"),

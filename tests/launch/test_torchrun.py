@@ -38,7 +38,7 @@ def write_run(folder: Path, **sections: dict[str, Any]) -> Path:
 @contextmanager
 def running(folder: Path, script: str, *arguments: str, **extra: str) -> Iterator[subprocess.Popen[bytes]]:
     """The script in the background, its output in folder/log; every process of it is gone afterwards."""
-    environment = submit_environment(NPROC_PER_NODE="2", **extra)
+    environment = submit_environment(**{"NPROC_PER_NODE": "2", **extra})
     with (folder / "log").open("wb") as log:
         command = [str(ROOT / "launch" / script), *arguments]
         job = subprocess.Popen(command, cwd=folder, env=environment, stdout=log, stderr=subprocess.STDOUT)
