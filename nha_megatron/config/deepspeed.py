@@ -50,6 +50,7 @@ _NOT_SUPPORTED = {
     "offload_param": "not supported, because checkpoints take the weights from the devices; use more ranks",
     "cpu_offload": "not supported, because checkpoints take the optimizer's state from the devices; use more ranks, or stage 3",
     "zero_hpz_partition_size": "not supported, because checkpoints know one partition of a weight; remove it",
+    "round_robin_gradients": "not supported, because DeepSpeed (0.19.8) then hands out the state of other weights, and checkpoints are wrong",
     "zero_quantized_weights": "not supported, because the loss would no longer equal the Megatron engine's; remove it",
     "zero_quantized_gradients": "not supported, because the loss would no longer equal the Megatron engine's; remove it",
 }
@@ -68,8 +69,6 @@ class ZeroConfig(Section):
     """Copy gradients into one buffer as they are made."""
     overlap_comm: bool = False
     """Reduce gradients during the backward."""
-    round_robin_gradients: bool = False
-    """Spread the parameters over the ranks of stages 1 and 2 evenly by turns."""
     sub_group_size: Elements | None = None
     """Elements that the optimizer of stage 3 updates at once."""
     stage3_prefetch_bucket_size: Elements | None = None

@@ -122,7 +122,7 @@ def deepspeed_config(config: RunConfig, rank_parameters: int) -> dict[str, Any]:
     else:
         defaults["stage3_prefetch_bucket_size"] = 50_000_000
     buckets = {name: min(given.get(name, size), _even(rank_parameters)) for name, size in defaults.items()}
-    stage_only = {"round_robin_gradients", "allgather_bucket_size"} if zero.stage == 3 else set()
+    stage_only = {"allgather_bucket_size"} if zero.stage == 3 else set()
     settings: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": config.training.micro_batch_size,
         # The engine says itself which micro batch is the last of a step.

@@ -62,6 +62,7 @@ REFUSED = {
     "optimizer": ({**zero(), "optimizer": {"type": "Lion"}}, ["optimizer: section `optimizer` describes AdamW; remove it"]),
     "fp16": ({**zero(), "fp16": {"enabled": True}}, ["fp16: not supported, because there is no loss scale; use training.precision bf16"]),
     "offload": (zero(offload_optimizer={"device": "cpu"}), ["offload_optimizer: not supported, because", "use more ranks, or stage 3"]),
+    "round robin": (zero(round_robin_gradients=True), ["round_robin_gradients: not supported, because DeepSpeed"]),
     "quantized": (zero(zero_quantized_gradients=True), ["zero_quantized_gradients: not supported, because the loss"]),
     "two at once": ({**zero(), "bf16": {}, "wandb": {}}, ["bf16: training.precision chooses it", "wandb: section `logging`"]),
     "list": ([1], ["training.deepspeed: given [1], must be a mapping"]),

@@ -162,7 +162,7 @@ def test_variant_trains_like_megatron(
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("stage", "settings"),
-    [(1, {"contiguous_gradients": False}), (2, {"overlap_comm": True, "round_robin_gradients": True}), (3, {"overlap_comm": True})],
+    [(1, {"contiguous_gradients": False}), (2, {"overlap_comm": True}), (3, {"overlap_comm": True})],
     ids=str,
 )
 def test_settings_change_no_number(
