@@ -8,17 +8,7 @@ import triton
 import triton.language as tl
 
 from .common import LOG2_E, rotate, write_strength
-from .tiles import biased_logits, dot_halves, load_halves, load_rows
-
-
-@triton.jit
-def _fold(logits, largest, total, acc):
-    """One step of the online softmax (base 2): probabilities relative to the new maximum, and the rescaled sums."""
-    new_largest = tl.maximum(largest, tl.max(logits, 1))
-    finite = tl.where(new_largest == float("-inf"), 0.0, new_largest)
-    p = tl.exp2(logits - finite[:, None])
-    rescale = tl.exp2(largest - finite)
-    return p, new_largest, total * rescale + tl.sum(p, 1), acc * rescale[:, None]
+from .tiles import biased_logits, dot_halves, fold, load_halves, load_rows
 
 
 @triton.jit
@@ -177,7 +167,7 @@ def _attend_window(
             k1, k2 = _rotated(k1, k2, index, frequencies, rope_factor, K, PAIRS, ROPE)
             visible = there[None, :] & (index[None, :] > token[:, None])
             logits = tl.where(visible, dot_halves(q1, q2, k1, k2) * logit_scale, float("-inf"))
-            p, largest, total, acc = _fold(logits, largest, total, acc)
+            p, largest, total, acc = fold(logits, largest, total, acc)
             values = load_rows(window_values + (b * W * H + h) * V, place, there, V)
             acc = tl.dot(p.to(dtype), values, acc, input_precision="tf32x3")
         if with_new_tokens:
@@ -186,7 +176,7 @@ def _attend_window(
             k1, k2 = _rotated(k1, k2, W + new, frequencies, rope_factor, K, PAIRS, ROPE)
             lag = token[:, None] - new[None, :]
             logits = tl.where((lag >= 0) & (lag < W), dot_halves(q1, q2, k1, k2) * logit_scale, float("-inf"))
-            p, largest, total, acc = _fold(logits, largest, total, acc)
+            p, largest, total, acc = fold(logits, largest, total, acc)
             values = load_rows(v + (b * T * H + h) * V, new * H, new < T, V)
             acc = tl.dot(p.to(dtype), values, acc, input_precision="tf32x3")
         at_part = part * (T * R) + row

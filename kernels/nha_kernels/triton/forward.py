@@ -17,6 +17,7 @@ from .tiles import (
     chunk_and_head,
     decayed,
     dot_halves,
+    fold,
     load_group,
     load_group_halves,
     load_halves,
@@ -30,16 +31,6 @@ from .tiles import (
     visible_pairs,
     window_visible,
 )
-
-
-@triton.jit
-def _fold(logits, largest, total, acc):
-    """One step of the online softmax (base 2): probabilities relative to the new maximum, and the rescaled sums."""
-    new_largest = tl.maximum(largest, tl.max(logits, 1))
-    finite = tl.where(new_largest == float("-inf"), 0.0, new_largest)
-    p = tl.exp2(logits - finite[:, None])
-    rescale = tl.exp2(largest - finite)
-    return p, new_largest, total * rescale + tl.sum(p, 1), acc * rescale[:, None]
 
 
 @triton.jit
@@ -164,7 +155,7 @@ def attention_forward(
                 continues,
             )
         slot_logits = biased_logits(slot_logits, log_mass, query_row - W >= first, slot, M, BM, EMPTY)
-        slot_p, largest, total, acc = _fold(slot_logits, largest, total, acc)
+        slot_p, largest, total, acc = fold(slot_logits, largest, total, acc)
 
         state = load_tile(state_values + (at_state + m) * V, M - m, BM, V)
         acc = tl.dot(decayed(slot_p, from_state, at_reference, ONE_BLOCK).to(dtype), state, acc, input_precision="tf32x3")
@@ -210,7 +201,7 @@ def attention_forward(
             k1, k2 = rotated(k1, k2, cos, sin, near - lowest, K, ROPE)
             logits = dot_halves(r1, r2, k1, k2) * logit_scale
             logits = tl.where(window_visible(row, query_row, first, W), logits, float("-inf"))
-            p, largest, total, acc = _fold(logits, largest, total, acc)
+            p, largest, total, acc = fold(logits, largest, total, acc)
             values = load_rows(v + at_own * V, near * H, (row >= readable) & (row < E), V)
             acc = tl.dot(p.to(dtype), values, acc, input_precision="tf32x3")
         row = held + t0 + index
@@ -218,7 +209,7 @@ def attention_forward(
         k1, k2 = rotated(k1, k2, cos, sin, index - lowest, K, ROPE)
         logits = dot_halves(r1, r2, k1, k2) * logit_scale
         logits = tl.where(window_visible(row, query_row, first, W), logits, float("-inf"))
-        p, largest, total, acc = _fold(logits, largest, total, acc)
+        p, largest, total, acc = fold(logits, largest, total, acc)
         values = load_rows(v + at_own * V, index * H, row < E, V)
         acc = tl.dot(p.to(dtype), values, acc, input_precision="tf32x3")
 

@@ -10,6 +10,7 @@ SMALLEST_NORMAL = tl.constexpr(1.1754943508222875e-38)
 
 @triton.jit
 def chunk_and_head(num_chunks):
+    """Of this program. The KV heads of a chunk are neighbours: together they read whole rows of the sequence."""
     heads = tl.num_programs(0) // num_chunks
     return tl.program_id(0) // heads, (tl.program_id(0) % heads).to(tl.int64)
 
@@ -53,6 +54,12 @@ def load_rows(at, row, row_ok, N: tl.constexpr):
 def load_group(
     at, num_tokens, C: tl.constexpr, R: tl.constexpr, RP: tl.constexpr, H: tl.constexpr, N: tl.constexpr, AGAIN: tl.constexpr = False
 ):
+    """Rows of a group of query heads, [C * RP, N]; tokens from `num_tokens` on are 0.
+
+    Addressed as [tokens, heads, channels], so that the distances between a thread's rows are constants of the instructions and not
+    addresses in registers. AGAIN marks a second load of the same tile: its hint differs, or the compiler would keep the first one in
+    registers until here.
+    """
     token = tl.arange(0, C)[:, None, None]
     head = tl.arange(0, RP)[None, :, None]
     pointers = at + token * (H * R * N) + head * N + tl.arange(0, N)[None, None, :]
@@ -70,6 +77,7 @@ def load_group(
 def load_group_halves(
     at, num_tokens, C: tl.constexpr, R: tl.constexpr, RP: tl.constexpr, H: tl.constexpr, K: tl.constexpr, HALF: tl.constexpr
 ):
+    """As `load_group`, as the two halves that rotate against each other."""
     first, second = channel_halves(tl.arange(0, K // 2), K, HALF)
     token = tl.arange(0, C)[:, None, None]
     head = tl.arange(0, RP)[None, :, None]
@@ -84,6 +92,7 @@ def load_group_halves(
 
 @triton.jit
 def load_tile(at, num_rows, ROWS: tl.constexpr, N: tl.constexpr, AGAIN: tl.constexpr = False):
+    """Consecutive rows [ROWS, N]; those from `num_rows` on are 0. AGAIN as in `load_group`."""
     row = tl.arange(0, ROWS)[:, None]
     pointers = at + row * N + tl.arange(0, N)[None, :]
     if AGAIN:
@@ -93,8 +102,18 @@ def load_tile(at, num_rows, ROWS: tl.constexpr, N: tl.constexpr, AGAIN: tl.const
 
 @triton.jit
 def load_rows_again(at, row, row_ok, N: tl.constexpr):
-    """As `load_rows`; the different hint keeps the compiler from holding the first load in registers until here."""
+    """As `load_rows`, for a second load of the same tile: see `load_group`."""
     return tl.load(at + row[:, None] * N + tl.arange(0, N)[None, :], mask=row_ok[:, None], other=0.0, eviction_policy="evict_last")
+
+
+@triton.jit
+def fold(logits, largest, total, acc):
+    """One step of the online softmax (base 2): probabilities relative to the new maximum, and the rescaled sums."""
+    new_largest = tl.maximum(largest, tl.max(logits, 1))
+    finite = tl.where(new_largest == float("-inf"), 0.0, new_largest)
+    p = tl.exp2(logits - finite[:, None])
+    rescale = tl.exp2(largest - finite)
+    return p, new_largest, total * rescale + tl.sum(p, 1), acc * rescale[:, None]
 
 
 @triton.jit
