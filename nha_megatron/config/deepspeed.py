@@ -50,7 +50,7 @@ _NOT_SUPPORTED = {
     "offload_param": "not supported, because checkpoints take the weights from the devices; use more ranks",
     "cpu_offload": "not supported, because checkpoints take the optimizer's state from the devices; use more ranks, or stage 3",
     "zero_hpz_partition_size": "not supported, because checkpoints know one partition of a weight; remove it",
-    "round_robin_gradients": "not supported, because DeepSpeed (0.19.8) then hands out the state of other weights, and checkpoints are wrong",
+    "round_robin_gradients": "not supported, because DeepSpeed 0.19.8 then hands out the state of other weights: wrong checkpoints",
     "zero_quantized_weights": "not supported, because the loss would no longer equal the Megatron engine's; remove it",
     "zero_quantized_gradients": "not supported, because the loss would no longer equal the Megatron engine's; remove it",
 }
