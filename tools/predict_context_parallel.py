@@ -1,0 +1,259 @@
+#!/usr/bin/env python3
+"""Predicts the time of one attention layer over context ranks from measurements in this repository and a network that is assumed:
+
+    python tools/predict_context_parallel.py [--adapter-gb-per-s 45] [--rails 8] [--gather ring] [--output docs/context_parallel_cost.png]
+
+First the model (`nha_megatron/config/context_parallel_cost.py`) predicts the times measured on two GPUs. Only if it is within 15 % of
+each does it go on to more ranks, with the kernels that sum up the slots now. Tables go to stdout, the figure to --output.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import re
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt
+from matplotlib.ticker import PercentFormatter, ScalarFormatter
+
+from nha_megatron.config import ConfigError, ModelConfig
+from nha_megatron.config.context_parallel_cost import LayerCost, LayerRates, MeasuredTimes, full_layer_ms, nha_layer_cost
+from nha_megatron.config.network_cost import Gather, Link, Network
+
+REPOSITORY = Path(__file__).parents[1]
+RESULTS = REPOSITORY / "kernels" / "benchmarks" / "results"
+ALLOWED_ERROR = 0.15
+
+# (ranks, tokens a rank): 1M tokens in three ways, 4M and 8M over 64 ranks.
+TABLE = [(2, 65536), (8, 131072), (16, 65536), (64, 16384), (64, 65536), (64, 131072)]
+FIGURE_RANKS = [2, 4, 8, 16, 32, 64]
+
+# Okabe-Ito colours: told apart without red-green vision.
+COLOURS = {16384: "#D55E00", 65536: "#0072B2", 131072: "#009E73"}
+
+
+@dataclass(frozen=True)
+class Measurements:
+    """What the files in the repository say; milliseconds forward and backward."""
+
+    model: ModelConfig
+    window: int
+    two_ranks: dict[int, float]  # tokens a rank -> the layer over two ranks
+    one_rank: MeasuredTimes  # the operator in the same run
+    operator: MeasuredTimes  # the present operator, another GPU
+    full_attention: MeasuredTimes
+    summary: dict[str, MeasuredTimes]  # by `kernels` and by `pytorch`
+    copy_tb_per_s: float
+
+
+def read_measurements(two_gpus: Path, operator: Path, summary: Path) -> Measurements:
+    """Raises `ConfigError` when a file is missing or is not what the benchmark of that name writes."""
+    pair, benchmark = _read_json(two_gpus), _read_json(operator)
+    try:
+        layer, rows = pair["layer"], pair["rows"]
+        if pair["ranks"] != 2 or layer["dtype"] != "torch.bfloat16" or layer["window"] is None:
+            raise ConfigError(f"{two_gpus} is not of a windowed layer in bf16 on two ranks")
+        lengths = tuple(row["tokens_per_rank"] for row in rows)
+        heads = f"{layer['heads']}/{layer['kv_heads']}"
+        shape = benchmark["shape"]
+        if (shape["slots"], shape["window"], shape["key_dim"]) != (layer["slots"], layer["window"], layer["head_dim"]):
+            raise ConfigError(f"{operator} is of another layer than {two_gpus}: {shape}, not {layer}")
+        return Measurements(
+            model=ModelConfig(
+                num_layers=1,
+                hidden_size=layer["heads"] * layer["head_dim"],
+                ffn_hidden_size=1,
+                num_heads=layer["heads"],
+                num_kv_heads=layer["kv_heads"],
+                head_dim=layer["head_dim"],
+                num_slots=layer["slots"],
+                vocab_size=1,
+            ),
+            window=layer["window"],
+            two_ranks={row["tokens_per_rank"]: row["all_ranks_ms"] for row in rows},
+            one_rank=MeasuredTimes(lengths, tuple(row["one_rank_ms"] for row in rows)),
+            operator=_operator_times(benchmark["rows"], "nha", heads),
+            full_attention=_operator_times(benchmark["rows"], "cudnn", heads),
+            summary=_summary_times(summary),
+            copy_tb_per_s=benchmark["copy_tb_per_s"],
+        )
+    except (KeyError, TypeError) as error:
+        raise ConfigError(f"{two_gpus} or {operator} lacks {error}: give the files that the benchmarks write") from None
+
+
+def _operator_times(rows: list[dict[str, Any]], name: str, heads: str) -> MeasuredTimes:
+    """Under CUDA graphs where there is such a time: the host is then out of the way, as the model has it."""
+    chosen = [row for row in rows if (row["name"], row["heads"]) == (name, heads)]
+    return MeasuredTimes(
+        tuple(row["tokens"] for row in chosen), tuple(row["both_graph"] if "both_graph" in row else row["both_eager"] for row in chosen)
+    )
+
+
+def _summary_times(path: Path) -> dict[str, MeasuredTimes]:
+    lines = re.findall(r"^T +(\d+) (kernels|pytorch): .*forward \+ backward ([\d.]+) ms", _read(path), re.MULTILINE)
+    found = {
+        name: ([int(tokens) for tokens, of, _ in lines if of == name], [float(time) for _, of, time in lines if of == name])
+        for name in ("kernels", "pytorch")
+    }
+    if not all(tokens for tokens, _ in found.values()):
+        raise ConfigError(f"{path} has no times of both kernels and pytorch: give the output of kernels/benchmarks/bench_summary.py")
+    return {name: MeasuredTimes(tuple(tokens), tuple(times)) for name, (tokens, times) in found.items()}
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} cannot be read: {error}") from None
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(_read(path))
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"{path} is not JSON: {error}") from None
+    if not isinstance(content, dict):
+        raise ConfigError(f"{path} holds no object: give the file that the benchmark writes")
+    return content
+
+
+def predict_two_ranks(measured: Measurements, network: Network) -> dict[int, LayerCost]:
+    """What the model says of the run on two ranks, whose summary was plain PyTorch: tokens a rank -> cost."""
+    rates = LayerRates(measured.one_rank, measured.summary["pytorch"], measured.copy_tb_per_s)
+    return {tokens: nha_layer_cost(measured.model, measured.window, tokens, 2, rates, network) for tokens in measured.two_ranks}
+
+
+class Extrapolation:
+    """The layer with the present operator and the kernels for the summary, both measured on one GPU; not measured over ranks."""
+
+    def __init__(self, measured: Measurements, network: Network, gather: Gather) -> None:
+        self.measured, self.network, self.gather = measured, network, gather
+        self.rates = LayerRates(measured.operator, measured.summary["kernels"], measured.copy_tb_per_s)
+
+    def cost(self, ranks: int, tokens: int, rails: int | None = None) -> LayerCost:
+        network = self.network if rails is None else dataclasses.replace(self.network, rails=rails)
+        measured, gather = self.measured, self.gather
+        return nha_layer_cost(measured.model, measured.window, tokens, ranks, self.rates, network, gather=gather)
+
+    def full_ms(self, ranks: int, tokens: int) -> float:
+        return full_layer_ms(self.measured.model, tokens, ranks, self.measured.full_attention, self.network)
+
+
+def validation_table(measured: Measurements, predicted: dict[int, LayerCost]) -> str:
+    lines = ["| tokens a rank | measured, ms | predicted, ms | error | of it network |", "|---|---|---|---|---|"]
+    for tokens, cost in predicted.items():
+        time = measured.two_ranks[tokens]
+        lines.append(f"| {tokens:,} | {time:.1f} | {cost.total:.1f} | {cost.total / time - 1:+.1%} | {cost.network / cost.total:.1%} |")
+    return "\n".join(lines)
+
+
+def extrapolation_table(model: Extrapolation) -> str:
+    lines = [
+        "| tokens | ranks x tokens | operator | summary | elementwise | composition | network | sum | efficiency (1 adapter) | `full` |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for ranks, tokens in TABLE:
+        cost, cautious = model.cost(ranks, tokens), model.cost(ranks, tokens, rails=1)
+        parts = " | ".join(f"{part:.2f}" for part in dataclasses.astuple(cost))
+        lines.append(
+            f"| {_short(ranks * tokens)} | {ranks} x {tokens:,} | {parts} | {cost.total:.1f} |"
+            f" {cost.efficiency:.0%} ({cautious.efficiency:.0%}) | {model.full_ms(ranks, tokens):,.0f} |"
+        )
+    return "\n".join(lines)
+
+
+def _short(tokens: int) -> str:
+    return f"{tokens // 2**20}M" if tokens >= 2**20 else f"{tokens // 2**10}k"
+
+
+def draw(measured: Measurements, predicted: dict[int, LayerCost], model: Extrapolation, output: Path) -> None:
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained", width_ratios=(2, 3))
+    for offset, colour, name, times in (
+        (-0.2, "#999999", "measured", list(measured.two_ranks.values())),
+        (0.2, "#56B4E9", "model", [cost.total for cost in predicted.values()]),
+    ):
+        bars = left.bar([index + offset for index in range(len(times))], times, width=0.38, color=colour, label=name)
+        left.bar_label(bars, fmt="%.1f", fontsize=8)
+    left.set_xticks(range(len(predicted)), [f"{tokens:,}" for tokens in predicted])
+    left.set_xlabel("tokens a rank")
+    left.set_ylabel("layer, forward and backward (ms)")
+    left.set_title("Validated: two ranks, summary in PyTorch", fontsize=10)
+    left.legend(frameon=False)
+
+    for tokens, colour in COLOURS.items():
+        many, one = ([model.cost(ranks, tokens, rails).efficiency for ranks in FIGURE_RANKS] for rails in (None, 1))
+        right.plot(FIGURE_RANKS, many, color=colour, linestyle="--", marker="o", markersize=3, label=f"{tokens:,} tokens a rank")
+        right.fill_between(FIGURE_RANKS, one, many, color=colour, alpha=0.15, linewidth=0)
+    right.set_xscale("log", base=2)
+    right.set_xticks(FIGURE_RANKS)
+    right.xaxis.set_major_formatter(ScalarFormatter())
+    right.yaxis.set_major_formatter(PercentFormatter(1.0))
+    right.set_ylim(0, 1)
+    right.set_xlabel("context ranks")
+    right.set_ylabel("efficiency of weak scaling")
+    right.set_title(f"Not measured: summary by kernels, {model.network.rails} adapters (shaded: 1)", fontsize=10)
+    right.legend(frameon=False, loc="lower left")
+    for axes in (left, right):
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(alpha=0.3, linewidth=0.5)
+        axes.set_axisbelow(True)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(output, dpi=120, metadata={"Software": None})
+    plt.close(figure)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description="Predict the time of one layer over context ranks.")
+    parser.add_argument("--two-gpus", type=Path, default=REPOSITORY / "docs" / "context_parallel_two_nvidia_h200.json", metavar="JSON")
+    parser.add_argument("--operator", type=Path, default=RESULTS / "nvidia_h100_80gb_hbm3.json", metavar="JSON")
+    parser.add_argument("--summary", type=Path, default=RESULTS / "summary_nvidia_h100_80gb_hbm3.txt", metavar="TXT")
+    parser.add_argument("--nvlink-gb-per-s", type=float, default=300.0, help="each way, two thirds of 450 (default: %(default)s)")
+    parser.add_argument("--nvlink-us", type=float, default=3.4, help="latency of a hop, as NCCL's tuner has it (default: %(default)s)")
+    parser.add_argument("--adapter-gb-per-s", type=float, default=45.0, help="each way, 400 Gb/s less 10 %% (default: %(default)s)")
+    parser.add_argument("--adapter-us", type=float, default=14.0, help="latency of a hop, as NCCL's tuner has it (default: %(default)s)")
+    parser.add_argument("--start-us", type=float, default=8.4, help="of a collective, as NCCL's tuner has it (default: %(default)s)")
+    parser.add_argument("--ranks-per-node", type=int, default=8)
+    parser.add_argument("--rails", type=int, default=8, help="adapters of a node that one ring uses at once (default: %(default)s)")
+    parser.add_argument("--gather", choices=["ring", "doubling"], default="ring")
+    parser.add_argument("--output", type=Path, default=REPOSITORY / "docs" / "context_parallel_cost.png", metavar="PNG")
+    arguments = parser.parse_args(argv)
+    try:
+        network = Network(
+            inside=Link(arguments.nvlink_gb_per_s, arguments.nvlink_us),
+            across=Link(arguments.adapter_gb_per_s, arguments.adapter_us),
+            ranks_per_node=arguments.ranks_per_node,
+            rails=arguments.rails,
+            start_us=arguments.start_us,
+        )
+        measured = read_measurements(arguments.two_gpus, arguments.operator, arguments.summary)
+        predicted = predict_two_ranks(measured, network)
+        model = Extrapolation(measured, network, arguments.gather)
+        table = extrapolation_table(model)
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(f"Validated: two ranks over NVLink, the summary in plain PyTorch\n\n{validation_table(measured, predicted)}\n")
+    errors = {tokens: cost.total / measured.two_ranks[tokens] - 1 for tokens, cost in predicted.items()}
+    worst = max(errors, key=lambda tokens: abs(errors[tokens]))
+    if abs(errors[worst]) > ALLOWED_ERROR:
+        print(
+            f"error: {errors[worst]:+.1%} at {worst} tokens a rank, allowed {ALLOWED_ERROR:.0%}: nothing is extrapolated", file=sys.stderr
+        )
+        return 1
+    print(f"Not measured: the summary by kernels, more ranks (all-gather by {arguments.gather}); milliseconds\n\n{table}\n")
+    draw(measured, predicted, model, arguments.output)
+    print(arguments.output)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
