@@ -1,0 +1,65 @@
+"""`tools/predict_context_parallel.py`: the files of this repository predict the run on two GPUs, and only then anything else."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+from matplotlib import image
+
+from tools.predict_context_parallel import main
+
+REPOSITORY = Path(__file__).parents[2]
+TWO_GPUS = REPOSITORY / "docs" / "context_parallel_two_nvidia_h200.json"
+
+
+def rows(markdown: str) -> list[list[str]]:
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in markdown.splitlines() if re.match(r"\| \d", line)]
+
+
+def test_the_measured_times_are_predicted_within_15_percent(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    picture = tmp_path / "cost.png"
+    assert main(["--output", str(picture)]) == 0
+    validated, not_measured = capsys.readouterr().out.split("Not measured")
+
+    measured = {row["tokens_per_rank"]: row["all_ranks_ms"] for row in json.loads(TWO_GPUS.read_text())["rows"]}
+    printed = {int(row[0].replace(",", "")): row for row in rows(validated)}
+    assert printed.keys() == measured.keys() == {16384, 65536}
+    for tokens, (_, shown, predicted, error, _) in printed.items():
+        assert float(shown) == pytest.approx(measured[tokens], abs=0.05)  # one decimal is printed
+        assert abs(float(predicted) / measured[tokens] - 1) < 0.15
+        assert float(error.rstrip("%")) == pytest.approx(100 * (float(predicted) / measured[tokens] - 1), abs=0.5)
+
+    table = rows(not_measured)
+    assert [row[0] for row in table] == ["128k", "1M", "1M", "1M", "4M", "8M"]
+    for row in table:  # five parts with two decimals and their sum with one
+        assert sum(map(float, row[2:7])) == pytest.approx(float(row[7]), abs=0.08)
+    assert image.imread(picture).shape[0] > 300
+
+
+def test_a_model_that_is_further_off_extrapolates_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    content = json.loads(TWO_GPUS.read_text())
+    content["rows"][1]["all_ranks_ms"] *= 1.3
+    (tmp_path / "slower.json").write_text(json.dumps(content))
+    assert main(["--two-gpus", str(tmp_path / "slower.json"), "--output", str(tmp_path / "cost.png")]) == 1
+    printed = capsys.readouterr()
+    assert "at 65536 tokens a rank, allowed 15%: nothing is extrapolated" in printed.err
+    assert "Not measured" not in printed.out and not (tmp_path / "cost.png").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--two-gpus", "absent.json"], "absent.json cannot be read"),
+        (["--summary", str(TWO_GPUS)], "has no times of both kernels and pytorch"),
+        (["--operator", str(TWO_GPUS)], "lacks 'shape'"),
+        (["--two-gpus", str(REPOSITORY / "README.md")], "README.md is not JSON"),
+        (["--adapter-gb-per-s", "0"], "bandwidth of a link in GB/s is 0.0"),
+        (["--rails", "9"], "8 ranks in a node with 9 adapters"),
+    ],
+    ids=["absent", "no-summary", "no-operator", "not-json", "bandwidth", "rails"],
+)
+def test_nonsense_is_one_message(tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str) -> None:
+    assert main([*arguments, "--output", str(tmp_path / "cost.png")]) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "cost.png").exists()
