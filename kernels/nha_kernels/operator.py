@@ -13,8 +13,6 @@ from .conventions import EMPTY_SLOTS, EmptySlots, clamp_log_gates, write_strengt
 from .memory import Memory
 from .reference import reference_attention
 
-Backend = Literal["auto", "reference", "torch"]
-
 
 class Implementation(Protocol):
     """What a backend provides: `nha_attention` with checked arguments, clamped gates, at least one token, and always the memory."""
@@ -119,7 +117,7 @@ def nha_attention(
         cu_seqlens: int32 [N + 1] document boundaries, first 0 and last T; needs B = 1. A document sees nothing of another one.
         memory: continue from it; with cu_seqlens it continues the first document.
         return_memory: also return the memory after the last token (of the last document).
-        backend: `reference` (token by token), `torch` (chunked) or `auto` (the fastest that serves the device).
+        backend: `reference` (token by token), `torch` (chunked), `triton` (CUDA kernels) or `auto` (the fastest that serves the call).
 
     Returns:
         Output [B, T, HQ, V] in q's dtype, or (output, memory). Differentiable in q, k, v, g and the memory's tensors.

@@ -28,6 +28,8 @@ def test_cpu_tensors_go_to_torch() -> None:
         ({"slots": 24}, 64, "multiple of 16 from 16 to 256, given 24"),
         ({"slots": 272}, 64, "multiple of 16 from 16 to 256, given 272"),
         ({"group": 9}, 64, "at most 8 query heads"),
+        ({"group": 2, "dims": (256, 256)}, 64, "have been checked with 3 and 4 query heads"),
+        ({"group": 1, "slots": 32, "dims": (128, 128), "dtype": torch.bfloat16}, 64, "have been checked with 3 or more query heads"),
         ({"group": 5, "dims": (256, 256)}, 64, "at most 4 query heads"),
         ({"group": 5, "dtype": torch.float32}, 64, "at most 4 query heads"),
         ({"dims": (256, 64), "dtype": torch.float32}, 64, "at most 128"),

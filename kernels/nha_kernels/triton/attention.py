@@ -17,6 +17,7 @@ from ..rope import rope_tables, rotate
 from ..sequence import ExtendedSequence, extend_sequence
 from .backward_slots import backward_slots
 from .backward_window import backward_window
+from .device import on_device_of_first_argument
 from .dispatch import WIDEST_FUSED_WINDOW, choose_tiles
 from .flash import sequence_bounds
 from .forward import forward
@@ -95,6 +96,7 @@ class _FusedAttention(torch.autograd.Function):
         return gradients.q, gradients.keys, gradients.values, gradients.gates, d_initial, None, None, None
 
 
+@on_device_of_first_argument
 def triton_attention(
     q: Tensor,
     k: Tensor,

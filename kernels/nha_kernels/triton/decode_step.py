@@ -17,6 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .decode_pieces import attend_pieces
+from .device import on_device_of_first_argument
 
 _SLOTS = 16  # of a piece: M is a multiple of it
 _LEAST_WINDOW_ROWS = 64  # of a piece, and a multiple of it
@@ -80,6 +81,7 @@ def merge_pieces(
         tl.store(length + b, tl.load(length + b) + T)
 
 
+@on_device_of_first_argument
 def decode_step(
     q: Tensor,
     k: Tensor,
@@ -123,7 +125,7 @@ def decode_step(
         *ring,
         length,
         window_start,
-        q if rope is None else rope,  # never read without rotation
+        q if rope is None else rope.contiguous(),  # never read without rotation
         *parts,
         num_tokens,
         window,

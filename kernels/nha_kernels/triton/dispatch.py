@@ -1,8 +1,8 @@
 """Which kernels serve a call, and with which tiles: one static table, no tuning at run time.
 
-Tuning at run time picks different kernels on different ranks and after a restart. The choices that this table can make were compared with
-float64 on an H100 by `kernels/benchmarks/check.py`; what failed there, or was not run there, is refused with the reason. Needs no triton to
-be imported.
+Tuning at run time picks different kernels on different ranks and after a restart. Every choice of tiles was compared with float64 on an
+H100 by `kernels/benchmarks/check.py`, at a sample of head sizes, groups, slots and conventions; what failed there, and sizes whose tiles
+were not run there, are refused with the reason. Needs no triton to be imported.
 """
 
 import importlib.util
@@ -27,7 +27,7 @@ def choose_tiles(q: Tensor, k: Tensor, v: Tensor, g: Tensor, window: int) -> Til
     wide = max(q.shape[3], v.shape[3]) > 128
     most = 16 if exact else 32 if wide else 64
     rows = 16 * (1 << (q.shape[2] // k.shape[2] - 1).bit_length())
-    # No more warps than 16-row pieces of a tile: Triton 3.6 reads outside of shared memory for products [64, .] @ [., 16] by 8 warps.
+    # 8 warps for no less than 128 rows: Triton 3.6 reads outside of shared memory for products [64, .] @ [., 16] by 8 warps.
     warps = 8 if rows > 64 else 4
     # The faster choice for the usual shape; the others were checked with the slower one only.
     usual = q.dtype == torch.bfloat16 and q.shape[3] == v.shape[3] == 128 and g.shape[3] in (32, 64)
@@ -80,6 +80,10 @@ def refusal(q: Tensor, k: Tensor, v: Tensor, g: Tensor, window: int | None) -> s
     exact = q.dtype == torch.float32
     if exact and max(dims) > 128:
         return f"in float32 K and V are at most 128, given {dims}: larger tiles exceed shared memory"
+    if max(dims) > 128 and group < 3:
+        return f"K and V of 256 have been checked with 3 and 4 query heads to a KV head, given {group}"
+    if q.dtype == torch.bfloat16 and dims == (128, 128) and slots == 32 and group < 3:
+        return f"32 slots have been checked with 3 or more query heads to a KV head, given {group}"
     most = 4 if exact or max(dims) > 128 else 8
     if group > most:
         return (

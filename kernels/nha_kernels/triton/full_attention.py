@@ -15,6 +15,8 @@ def full_attention_kernel(q: Tensor, v: Tensor, *, one_document: bool) -> str:
     """`cudnn` or `flash`: the kernel of a call with window=None. `one_document`: neither cu_seqlens nor a memory was given."""
     if not one_document or max(q.shape[3], v.shape[3]) > _WIDEST_FOR_CUDNN or not torch.backends.cudnn.is_available():
         return "flash"
+    if q.shape[1] < 2 or not torch.backends.cuda.cudnn_sdp_enabled():  # cuDNN takes no single token; the user may have switched it off
+        return "flash"
     if torch.are_deterministic_algorithms_enabled() and not torch.is_deterministic_algorithms_warn_only_enabled():
         return "flash"
     on_gpu = q.device.type == "cuda" and torch.cuda.get_device_capability(q.device) in _CUDNN_CAPABILITIES

@@ -66,6 +66,8 @@ class MergedAttention(torch.autograd.Function):
             out = out + torch.exp(slot_lse - lse)[..., None] * slot_out
         out = out.to(q.dtype).contiguous()
         kept = (None, None) if starts is None else (starts.slots, starts.log_decay)
+        if options.window is None:  # the backward of full attention reads the rotated ones only
+            q, k = q.new_empty(0), k.new_empty(0)
         ctx.save_for_backward(q, k, v, g, rotated_q, rotated_k, start, *bounds, out, lse, *kept, *random_state)
         ctx.options = options
         ctx.chunks_per_segment = 0 if starts is None else starts.chunks_per_segment

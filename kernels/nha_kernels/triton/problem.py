@@ -36,8 +36,7 @@ class Tiles:
 
 
 class Slab(NamedTuple):
-    """Consecutive chunks whose slots are in device memory at the same time: memory does not grow with the sequence, and what one kernel
-    writes the next one finds in the cache."""
+    """Consecutive chunks whose slots are in device memory at the same time, so that this memory does not grow with the sequence."""
 
     first: int
     chunks: int

@@ -31,6 +31,6 @@ def rope_table(frequencies: Tensor, factor: float, num_offsets: int, key: Tensor
     sin = torch.empty_like(cos)
     block = 16
     fill_table[(triton.cdiv(num_offsets, block),)](
-        frequencies, cos, sin, factor, num_offsets, PAIRS=frequencies.shape[0], HALF_WIDTH=key_dim // 2, BO=block
+        frequencies.contiguous(), cos, sin, factor, num_offsets, PAIRS=frequencies.shape[0], HALF_WIDTH=key_dim // 2, BO=block
     )
     return cos, sin

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .common import write_strength
+from .device import on_device_of_first_argument
 
 _CHUNK = 32
 _MOST_SEGMENTS = 64
@@ -361,6 +362,7 @@ class _Summary(torch.autograd.Function):
         return dk, dv, dg
 
 
+@on_device_of_first_argument
 def slot_summary_on_gpu(k: Tensor, v: Tensor, g: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """`slot_summary` for what `refusal_of_summary` lets pass."""
     log_decay, update = _Summary.apply(k, v, g)
