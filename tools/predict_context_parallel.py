@@ -126,9 +126,9 @@ def _read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def predict_two_ranks(measured: Measurements, network: Network) -> dict[int, LayerCost]:
-    """What the model says of the run on two ranks, whose summary was plain PyTorch: tokens a rank -> cost."""
-    rates = LayerRates(measured.one_rank, measured.summary["pytorch"], measured.copy_tb_per_s)
+def predict_two_ranks(measured: Measurements, network: Network, summary: str) -> dict[int, LayerCost]:
+    """What the model says of the run on two ranks, whose summary was by `summary`: tokens a rank -> cost."""
+    rates = LayerRates(measured.one_rank, measured.summary[summary], measured.copy_tb_per_s)
     return {tokens: nha_layer_cost(measured.model, measured.window, tokens, 2, rates, network) for tokens in measured.two_ranks}
 
 
@@ -175,7 +175,7 @@ def _short(tokens: int) -> str:
     return f"{tokens // 2**20}M" if tokens >= 2**20 else f"{tokens // 2**10}k"
 
 
-def draw(measured: Measurements, predicted: dict[int, LayerCost], model: Extrapolation, output: Path) -> None:
+def draw(measured: Measurements, predicted: dict[int, LayerCost], model: Extrapolation, summary: str, output: Path) -> None:
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained", width_ratios=(2, 3))
     for offset, colour, name, times in (
         (-0.2, "#999999", "measured", list(measured.two_ranks.values())),
@@ -186,8 +186,8 @@ def draw(measured: Measurements, predicted: dict[int, LayerCost], model: Extrapo
     left.set_xticks(range(len(predicted)), [f"{tokens:,}" for tokens in predicted])
     left.set_xlabel("tokens a rank")
     left.set_ylabel("layer, forward and backward (ms)")
-    left.set_title("Validated: two ranks, summary in PyTorch", fontsize=10)
-    left.legend(frameon=False)
+    left.set_title(f"Validated: two ranks, summary by {summary}", fontsize=10)
+    left.legend(frameon=False, loc="upper left")
 
     for tokens, colour in COLOURS.items():
         many, one = ([model.cost(ranks, tokens, rails).efficiency for ranks in FIGURE_RANKS] for rails in (None, 1))
@@ -216,6 +216,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--two-gpus", type=Path, default=REPOSITORY / "docs" / "context_parallel_two_nvidia_h200.json", metavar="JSON")
     parser.add_argument("--operator", type=Path, default=RESULTS / "nvidia_h100_80gb_hbm3.json", metavar="JSON")
     parser.add_argument("--summary", type=Path, default=RESULTS / "summary_nvidia_h100_80gb_hbm3.txt", metavar="TXT")
+    parser.add_argument(
+        "--summary-was",
+        choices=["pytorch", "kernels"],
+        default="pytorch",
+        help="what summed up the slots in the run on two GPUs (default: %(default)s, which the file in docs/ is of)",
+    )
     parser.add_argument("--nvlink-gb-per-s", type=float, default=300.0, help="each way, two thirds of 450 (default: %(default)s)")
     parser.add_argument("--nvlink-us", type=float, default=3.4, help="latency of a hop, as NCCL's tuner has it (default: %(default)s)")
     parser.add_argument("--adapter-gb-per-s", type=float, default=45.0, help="each way, 400 Gb/s less 10 %% (default: %(default)s)")
@@ -235,13 +241,13 @@ def main(argv: Sequence[str] | None = None) -> int:
             start_us=arguments.start_us,
         )
         measured = read_measurements(arguments.two_gpus, arguments.operator, arguments.summary)
-        predicted = predict_two_ranks(measured, network)
+        predicted = predict_two_ranks(measured, network, arguments.summary_was)
         model = Extrapolation(measured, network, arguments.gather)
         table = extrapolation_table(model)
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    print(f"Validated: two ranks over NVLink, the summary in plain PyTorch\n\n{validation_table(measured, predicted)}\n")
+    print(f"Validated: two ranks over NVLink, summary by {arguments.summary_was}\n\n{validation_table(measured, predicted)}\n")
     errors = {tokens: cost.total / measured.two_ranks[tokens] - 1 for tokens, cost in predicted.items()}
     worst = max(errors, key=lambda tokens: abs(errors[tokens]))
     if abs(errors[worst]) > ALLOWED_ERROR:
@@ -250,7 +256,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
         return 1
     print(f"Not measured: the summary by kernels, more ranks (all-gather by {arguments.gather}); milliseconds\n\n{table}\n")
-    draw(measured, predicted, model, arguments.output)
+    draw(measured, predicted, model, arguments.summary_was, arguments.output)
     print(arguments.output)
     return 0
 

@@ -47,6 +47,12 @@ def test_a_model_that_is_further_off_extrapolates_nothing(tmp_path: Path, capsys
     assert "Not measured" not in printed.out and not (tmp_path / "cost.png").exists()
 
 
+def test_with_another_summary_than_the_run_had_the_model_is_off(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    # Plain PyTorch takes four fifths of that run's time, the kernels a sixtieth of that: the check can fail.
+    assert main(["--summary-was", "kernels", "--output", str(tmp_path / "cost.png")]) == 1
+    assert "nothing is extrapolated" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
