@@ -109,15 +109,17 @@ def write_latest(root: Path, step: int) -> None:
     write_atomically(root / LATEST, step_directory(root, step).name + "\n")
 
 
-def retain(root: Path, keep: int) -> None:
-    """Deletes all but the `keep` newest checkpoints; at least the newest stays. Folders without a manifest are left alone.
+def retain(root: Path, keep: int, step: int) -> None:
+    """Deletes all but the `keep` newest checkpoints up to `step`, the one just saved, which stays. Folders without a manifest stay too.
 
+    A folder of a later step is one that the run could not load; counted as new, it would push out the sound ones. It is
+    replaced when training comes to its step.
     A folder loses its name before its content, so a crash in between leaves no half-deleted checkpoint to be found.
     """
-    complete = [step for step in published_steps(root) if (step_directory(root, step) / MANIFEST).is_file()]
-    for step in complete[: -max(keep, 1)]:
-        doomed = partial_directory(root, step)
-        step_directory(root, step).rename(doomed)
+    complete = [each for each in published_steps(root) if each <= step and (step_directory(root, each) / MANIFEST).is_file()]
+    for old in complete[: -max(keep, 1)]:
+        doomed = partial_directory(root, old)
+        step_directory(root, old).rename(doomed)
         shutil.rmtree(doomed)
 
 

@@ -94,7 +94,7 @@ class PendingSave:
 
     def _tidy(self, keep: int) -> None:
         write_latest(self._root, self.progress.step)
-        retain(self._root, keep)
+        retain(self._root, keep, self.progress.step)
 
     def _publish(self, shares: list[Written]) -> None:
         errors = [f"rank {rank}: {share.error}" for rank, share in enumerate(shares) if share.error is not None]

@@ -35,15 +35,21 @@ def test_steps_are_numbers_not_names(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("keep", "left"), [(1, [40]), (2, [30, 40]), (9, [10, 20, 30, 40])])
 def test_retention_keeps_the_newest(tmp_path: Path, keep: int, left: list[int]) -> None:
     make(tmp_path, 10, 20, 30, 40)
-    retain(tmp_path, keep)
+    retain(tmp_path, keep, step=40)
     assert published_steps(tmp_path) == left
 
 
 def test_a_broken_newer_folder_does_not_push_out_the_newest_complete_one(tmp_path: Path) -> None:
     make(tmp_path, 10, 20)
     make(tmp_path, 30, manifest=False)
-    retain(tmp_path, 1)
+    retain(tmp_path, 1, step=20)
     assert published_steps(tmp_path) == [20, 30]
+
+
+def test_a_damaged_later_checkpoint_does_not_push_out_the_one_just_saved(tmp_path: Path) -> None:
+    make(tmp_path, 300, 330, 347)  # 347 failed its checksum, so the run went on from 300 and has saved 330
+    retain(tmp_path, 1, step=330)
+    assert published_steps(tmp_path) == [330, 347]
 
 
 def test_leftovers_of_a_crash_are_removed_and_nothing_else(tmp_path: Path) -> None:
