@@ -13,6 +13,7 @@ test failed with the names of the silent ranks, and the next test a new pool.
 from __future__ import annotations
 
 import contextlib
+import gc
 import importlib
 import multiprocessing
 import os
@@ -178,6 +179,7 @@ def _forget_process_groups() -> None:
     parallel_state.destroy_model_parallel()
     if dist.is_initialized():
         dist.destroy_process_group()
+    gc.collect()  # engines are cycles; while one lives, so do its groups, each with threads that wake at every message
 
 
 @contextlib.contextmanager
