@@ -50,7 +50,7 @@ _NOT_SUPPORTED = {
     "offload_param": "not supported, because checkpoints take the weights from the devices; use more ranks",
     "cpu_offload": "not supported, because checkpoints take the optimizer's state from the devices; use more ranks, or stage 3",
     "zero_hpz_partition_size": "not supported, because checkpoints know one partition of a weight; remove it",
-    "round_robin_gradients": "not supported, because DeepSpeed 0.19.8 then hands out the state of other weights: wrong checkpoints",
+    "round_robin_gradients": "not supported, because DeepSpeed 0.19.8 then hands out the state of other weights; remove it",
     "zero_quantized_weights": "not supported, because the loss would no longer equal the Megatron engine's; remove it",
     "zero_quantized_gradients": "not supported, because the loss would no longer equal the Megatron engine's; remove it",
 }
@@ -83,9 +83,7 @@ class ZeroConfig(Section):
     @model_validator(mode="before")
     @classmethod
     def _supported(cls, data: Any) -> Any:
-        if isinstance(data, Mapping):
-            _refuse(data, _NOT_SUPPORTED)
-        return data
+        return _accept(data, _NOT_SUPPORTED) if isinstance(data, Mapping) else data
 
 
 class DeepSpeedConfig(Section):
@@ -97,15 +95,27 @@ class DeepSpeedConfig(Section):
     @model_validator(mode="before")
     @classmethod
     def _decided_here(cls, data: Any) -> Any:
-        if isinstance(data, Mapping):
-            _refuse(data, _DECIDED_ELSEWHERE)
-        return data
+        return _accept(data, _DECIDED_ELSEWHERE) if isinstance(data, Mapping) else data
 
 
-def _refuse(data: Mapping[str, Any], reasons: Mapping[str, str]) -> None:
-    problems = [f"{key}: {reasons[key]}" + ("" if "not supported" in reasons[key] else "; remove it") for key in data if key in reasons]
+def _accept(data: Mapping[str, Any], reasons: Mapping[str, str]) -> dict[str, Any]:
+    """`data` without the unsupported features that it switches off; any other key that has a reason is refused with it."""
+    accepted, problems = {}, []
+    for key, value in data.items():
+        unsupported = "not supported" in reasons.get(key, "")
+        if unsupported and _is_off(value):
+            continue
+        accepted[key] = value
+        if key in reasons:
+            problems.append(f"{key}: {reasons[key]}" + ("" if unsupported else "; remove it"))
     if problems:
         raise ValueError("\n".join(problems))
+    return accepted
+
+
+def _is_off(value: object) -> bool:
+    # DeepSpeed's files often spell out what they do not use.
+    return not value or (isinstance(value, Mapping) and (value.get("device") == "none" or value.get("enabled") is False))
 
 
 def _read_file(value: object) -> object:
@@ -117,7 +127,7 @@ def _read_file(value: object) -> object:
     except OSError as error:
         raise ValueError(f"{value!r} cannot be read: {error.strerror}; give a JSON file such as configs/deepspeed/zero1.json") from None
     except ValueError as error:
-        raise ValueError(f"{value!r} is not JSON: {error}") from None
+        raise ValueError(f"{value!r} is not JSON: {error}; write it like configs/deepspeed/zero1.json") from None
     if not isinstance(content, dict):
         raise ValueError(f"{value!r} holds no JSON object; it must be like configs/deepspeed/zero1.json")
     return content
@@ -146,4 +156,13 @@ def no_pipeline(training: "TrainingConfig", parallel: "ParallelConfig") -> Itera
         yield (
             f"training.engine deepspeed with parallel.pipeline {parallel.pipeline}; not supported yet, because the "
             "pipeline schedules are Megatron's: use training.engine megatron, or parallel.pipeline 1 with ZeRO stage 3"
+        )
+
+
+def no_new_model(training: "TrainingConfig") -> Iterator[str]:
+    """Refuses stages that build the model anew under the DeepSpeed engine."""
+    if training.engine == "deepspeed" and any(stage.context or stage.recompute for stage in training.stages or []):
+        yield (
+            "training.stages: context and recompute build the model anew, which training.engine deepspeed does not do within a run; use "
+            "engine megatron, or change parallel.context between two starts of the run"
         )

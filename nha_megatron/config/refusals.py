@@ -7,10 +7,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from .consistency import Check, run_checks
-from .deepspeed import no_pipeline
+from .deepspeed import no_new_model, no_pipeline
 
 
 def problems(sections: Mapping[str, Any]) -> list[str]:
     """One message for each thing asked for that is not supported, among the valid sections."""
-    checks: list[Check] = [no_pipeline]
+    checks: list[Check] = [no_pipeline, no_new_model]
     return run_checks(checks, sections)

@@ -118,11 +118,6 @@ def _order_problems(config: "RunConfig", begins: list[tuple[int, int]]) -> list[
     """Offsets that do not ascend, stages without a step, stages after the end of the run."""
     problems = []
     entries = config.training.stages or []
-    if config.training.engine == "deepspeed" and any(entry.context or entry.recompute for entry in entries):
-        problems.append(
-            "training.stages: context and recompute build the model anew, which training.engine deepspeed does not do within a run; use "
-            "engine megatron, or change parallel.context between two starts of the run"
-        )
     for index, entry in enumerate(entries):
         before, offset = entries[index - 1].from_tokens if index else 0, entry.from_tokens
         if offset <= before:

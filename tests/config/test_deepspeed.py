@@ -62,7 +62,7 @@ REFUSED = {
     "optimizer": ({**zero(), "optimizer": {"type": "Lion"}}, ["optimizer: section `optimizer` describes AdamW; remove it"]),
     "fp16": ({**zero(), "fp16": {"enabled": True}}, ["fp16: not supported, because there is no loss scale; use training.precision bf16"]),
     "offload": (zero(offload_optimizer={"device": "cpu"}), ["offload_optimizer: not supported, because", "use more ranks, or stage 3"]),
-    "round robin": (zero(round_robin_gradients=True), ["round_robin_gradients: not supported, because DeepSpeed"]),
+    "round robin": (zero(round_robin_gradients=True), ["round_robin_gradients: not supported, because DeepSpeed", "; remove it"]),
     "quantized": (zero(zero_quantized_gradients=True), ["zero_quantized_gradients: not supported, because the loss"]),
     "two at once": ({**zero(), "bf16": {}, "wandb": {}}, ["bf16: training.precision chooses it", "wandb: section `logging`"]),
     "list": ([1], ["training.deepspeed: given [1], must be a mapping"]),
@@ -78,7 +78,12 @@ def test_refused(settings, parts):
         assert part in str(refusal.value)
 
 
-@pytest.mark.parametrize(("content", "part"), [("{", "is not JSON"), ("[]", "holds no JSON object")])
+def test_what_a_file_switches_off_is_no_reason_to_refuse_it():
+    off = {**zero(round_robin_gradients=False, offload_optimizer={"device": "none"}, cpu_offload=None), "fp16": {"enabled": False}}
+    assert run(training={"engine": "deepspeed", "deepspeed": off}) == run(training={"engine": "deepspeed", "deepspeed": zero()})
+
+
+@pytest.mark.parametrize(("content", "part"), [("{", "is not JSON: .*; write it like configs"), ("[]", "holds no JSON object")])
 def test_a_file_that_is_no_configuration_is_refused(tmp_path, content, part):
     path = tmp_path / "zero.json"
     path.write_text(content)
