@@ -14,7 +14,8 @@ class GuardsConfig(Section):
     """Steps that the guards look back."""
     skip_limit: NonNegative = 5
     """Skipped steps allowed in a window. A step whose loss or gradient is not finite on any rank is skipped on all: its data is used
-    up, weights and optimizer stay. One more than allowed stops the run with status 3, nothing saved since the first; 0: the first does."""
+    up, weights and optimizer stay. One more than allowed stops the run with status 3; nothing is saved right after a skipped step.
+    0: the first one stops the run."""
     loss_spike: Literal["ignore", "report", "skip", "stop"] = "report"
     """What is done about a loss far above those of the window. skip: the update is not applied, and counts for skip_limit; stop: the
     update is not applied and the run ends with status 3."""
