@@ -52,6 +52,9 @@ class Engine(Protocol):
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """This rank's parameters under names that do not depend on the layout."""
 
+    def finite_weights(self) -> bool:
+        """Whether every weight that a checkpoint would hold is finite: the same answer on all ranks."""
+
     def load_weights(self, weights: Mapping[str, Tensor]) -> None:
         """Takes full tensors by layout-independent name, and slices what this rank holds. The optimizer starts from them."""
 

@@ -15,9 +15,10 @@ from torch import Tensor, nn
 
 from nha_megatron.config import ConfigError
 from nha_megatron.engine.base import StepResult
-from nha_megatron.engine.deepspeed_partitions import create_adam_state, write
+from nha_megatron.engine.deepspeed_partitions import create_adam_state, read, write
 from nha_megatron.engine.deepspeed_setup import ModelParallelUnit, build_sharded, deepspeed_config, import_deepspeed
 from nha_megatron.engine.deepspeed_state import ModelSpaceState
+from nha_megatron.engine.finite import finite_on_all_ranks
 from nha_megatron.engine.forward import forward_batch
 from nha_megatron.engine.layout import Layout
 from nha_megatron.engine.replicated_gradients import ReplicatedGradients
@@ -142,8 +143,15 @@ class DeepSpeedEngine:
         return total.item(), self._count(batches)
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """This rank's parameters under names that do not depend on the layout. Under stage 3 those of other ranks are empty."""
+        """This rank's parameters under names that do not depend on the layout. Under stage 3 those that are partitioned are empty."""
         return iter(self._parameters.items())
+
+    def finite_weights(self) -> bool:
+        """Whether every fp32 weight, put together as for a checkpoint, is finite: the same answer on all ranks.
+
+        Not asked of the partitions themselves: those of stage 3 end in padding, which is whatever was in memory.
+        """
+        return finite_on_all_ranks((read(parameter, "param") for parameter in self._parameters.values()), self.device)
 
     def load_weights(self, weights: Mapping[str, Tensor]) -> None:
         """Takes full tensors by layout-independent name. Raises ConfigError if a tensor is missing or has another shape."""

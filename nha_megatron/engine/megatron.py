@@ -27,6 +27,7 @@ from nha_megatron.engine.checkpoint_remedies import (
     separate_steps,
 )
 from nha_megatron.engine.deepspeed_state import as_megatron_state
+from nha_megatron.engine.finite import finite_on_all_ranks
 from nha_megatron.engine.forward import forward_batch
 from nha_megatron.engine.layout import Layout
 from nha_megatron.model.build import build_model
@@ -184,6 +185,10 @@ class MegatronEngine:
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """This rank's parameters under names that do not depend on the layout (layer numbers over the whole model)."""
         return global_parameters(self.model_chunks)
+
+    def finite_weights(self) -> bool:
+        """Whether every weight of every rank is finite: the same answer on all ranks."""
+        return finite_on_all_ranks((parameter for _, parameter in self.named_parameters()), self.device)
 
     @torch.no_grad()
     def load_weights(self, weights: Mapping[str, Tensor]) -> None:

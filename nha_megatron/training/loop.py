@@ -8,9 +8,6 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-import torch.distributed as dist
-
 from nha_megatron.checkpoint import CheckpointSaver, Progress
 from nha_megatron.config import ConfigError, RunConfig
 from nha_megatron.config.stage_plan import Stage, plan_stages
@@ -145,11 +142,7 @@ def train(
 
 def require_finite_weights(engine: Engine, step: int) -> None:
     """Raises `TrainingError` on all ranks when a weight of any rank is not finite. Collective."""
-    faulty = torch.zeros((), device=engine.device)
-    for _, parameter in engine.named_parameters():
-        faulty += parameter.detach().isfinite().logical_not().any()
-    dist.all_reduce(faulty)
-    if faulty.item():
+    if not engine.finite_weights():
         raise TrainingError(
             f"the run ends with step {step}, which was skipped, and its weights are not finite: nothing was saved. Resume from an older "
             "checkpoint with a lower optimizer.lr, a longer optimizer.warmup_steps or a lower optimizer.clip_grad"

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from nha_megatron.engine.deepspeed_partitions import write
+from nha_megatron.engine.deepspeed_partitions import read, write
 from tests.distributed import RankError, RankPool
 from tests.engine import programs
 from tests.engine.deepspeed_programs import (
@@ -172,7 +172,7 @@ def test_settings_change_no_number(
 
 
 def updates_that_are_not_applied(stage: int, precision: str) -> dict[str, Any]:
-    """One update with an infinite weight, one above the limit of the loss, one as it should be."""
+    """One update with an infinite weight, one above the limit of the loss, one as it should be; then a weight with one infinite element."""
     config = tiny_config(training={**zero(stage), "precision": precision})
     engine = make_engine(config)
     batches = micro_batches(config, engine.layout, 0)
@@ -185,7 +185,13 @@ def updates_that_are_not_applied(stage: int, precision: str) -> dict[str, Any]:
     high = engine.train_step(batches, 1e-3, max_loss=1.0)
     unchanged.append(all(torch.equal(before[name], weight) for name, weight in full_weights(engine).items()))
     good = engine.train_step(batches, 1e-3)
-    return {"bad": bad, "high": high, "good": good, "unchanged": unchanged}
+    finite = [engine.finite_weights()]
+    output = dict(engine.named_parameters())["output_layer.weight"]  # large: every rank has a part of it under stage 3
+    weight = read(output, "param").clone()
+    weight[-1, -1] = math.inf
+    write(output, "param", weight)
+    finite.append(engine.finite_weights())
+    return {"bad": bad, "high": high, "good": good, "unchanged": unchanged, "finite": finite}
 
 
 @pytest.mark.parametrize("precision", ["fp32", pytest.param("bf16", marks=pytest.mark.slow)])
@@ -197,6 +203,7 @@ def test_an_update_that_must_not_be_applied_leaves_no_trace(ranks: RankPool, sta
         assert result["bad"].skipped and math.isnan(result["bad"].grad_norm)
         assert result["high"].skipped and math.isfinite(result["high"].loss)
         assert result["unchanged"] == [True, True]
+        assert result["finite"] == [True, False]
         assert not result["good"].skipped
         loose = 20 if precision == "bf16" else 1  # as above
         for name in ("high", "good"):

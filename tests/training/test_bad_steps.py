@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,6 +16,7 @@ from nha_megatron.engine.megatron import MegatronEngine
 from nha_megatron.training.guards import TrainingError
 from nha_megatron.training.loop import require_finite_weights
 from tests.distributed import RankPool
+from tests.engine import programs
 from tests.training import small_run
 
 EXPLOSIVE = {"lr": 1e30, "warmup_steps": 0, "clip_grad": 0.0}
@@ -88,10 +88,9 @@ def test_the_count_goes_on_after_a_resume(ranks: RankPool, folder: Path) -> None
 
 def check_weights(bad_rank: int | None) -> str | None:
     """Program: what `require_finite_weights` says when one rank has an infinite weight."""
-    module = torch.nn.Linear(2, 2)
+    engine = programs.make_engine(programs.tiny_config())
     if dist.get_rank() == bad_rank:
-        module.bias.data[1] = math.inf
-    engine: Any = SimpleNamespace(device=torch.device("cpu"), named_parameters=module.named_parameters)
+        dict(engine.named_parameters())["decoder.final_layernorm.weight"].data[1] = math.inf
     try:
         require_finite_weights(engine, 7)
     except TrainingError as error:
