@@ -68,7 +68,7 @@ def train(
     guard = LossGuard(config.guards, progress.guards)
     owed = False  # a checkpoint was due after a skipped step
     stages = plan_stages(config)
-    clock = WorkClock(list(modules_without_collectives(engine.model_chunks, layout, config.parallel.sequence)), layout.device)
+    clock = WorkClock(list(modules_without_collectives(engine.model_chunks, layout, config)), layout.device)
     ranks = RankReports(layout, config.guards.slow_rank_ratio)
     with StopRequest() as stop:
         while progress.step < until:

@@ -2,7 +2,8 @@
 
 All ranks take equally long for a step, because they meet in collectives; the slow one is the one that waits least. So what is compared
 is a rank's own work between collectives: reading its batches, and the forward of modules that run no collective. On CUDA the device's
-clock is read around them, which sees a slow device as well as a host that feeds it late.
+clock is read around them, which sees a slow device as well as a host that feeds it late. Under ZeRO 3, where every module gathers its
+weights first, only the reading of batches is measured.
 
 One step of a logging interval is measured, with hooks that are there for that step only.
 """
@@ -20,6 +21,8 @@ import torch.distributed as dist
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import nn
 
+from nha_megatron.config import RunConfig
+from nha_megatron.config.deepspeed import zero_settings
 from nha_megatron.engine.layout import Layout
 from nha_megatron.training.hardware import memory_high_water
 
@@ -27,8 +30,11 @@ from nha_megatron.training.hardware import memory_high_water
 _NOTICEABLE = 0.1
 
 
-def modules_without_collectives(model_chunks: Sequence[nn.Module], layout: Layout, sequence_parallel: bool) -> Iterator[nn.Module]:
-    """The largest modules of each layer whose forward runs no collective in this layout."""
+def modules_without_collectives(model_chunks: Sequence[nn.Module], layout: Layout, config: RunConfig) -> Iterator[nn.Module]:
+    """The largest modules of each layer whose forward runs no collective in this layout; none under ZeRO 3."""
+    zero = zero_settings(config.training)
+    if zero is not None and zero.stage == 3:
+        return
     for chunk in model_chunks:
         for layer in chunk.modules():
             if not isinstance(layer, TransformerLayer):
@@ -38,7 +44,7 @@ def modules_without_collectives(model_chunks: Sequence[nn.Module], layout: Layou
             if layout.tp_size == 1:
                 yield mlp
                 yield from [attention] if layout.cp_size == 1 else [*projections, attention.linear_proj]
-            elif not sequence_parallel:  # which gathers the input of these
+            elif not config.parallel.sequence:  # which gathers the input of these
                 yield from [*projections, mlp.linear_fc1]
             else:
                 yield from [layer.input_layernorm, layer.pre_mlp_layernorm]

@@ -58,7 +58,7 @@ def collectives_inside(**sections: Any) -> tuple[int, int, int]:
     """Program: (measured modules, collectives inside of their forward, collectives of the step)."""
     config = programs.tiny_config(**sections)
     engine = programs.make_engine(config)
-    modules = list(modules_without_collectives(engine.model_chunks, engine.layout, config.parallel.sequence))
+    modules = list(modules_without_collectives(engine.model_chunks, engine.layout, config))
     with Collectives() as seen:
         for module in modules:
             module.register_forward_pre_hook(seen.enter)
@@ -81,6 +81,17 @@ LAYOUTS = {
 def test_no_collective_runs_in_what_is_measured(ranks: RankPool, parallel: dict[str, Any], modules: int) -> None:
     for measured, inside, total in ranks.run(2, collectives_inside, parallel=parallel):
         assert (measured, inside) == (modules, 0) and total > 0
+
+
+def measured_modules(stage: int) -> int:
+    """Program: how many modules of the tiny model are measured under ZeRO `stage`."""
+    config = programs.tiny_config(training={"engine": "deepspeed", "deepspeed": {"zero_optimization": {"stage": stage}}})
+    engine = programs.make_engine(programs.tiny_config())
+    return len(list(modules_without_collectives(engine.model_chunks, engine.layout, config)))
+
+
+def test_under_zero_3_no_module_is_measured_because_all_gather_their_weights(ranks: RankPool) -> None:
+    assert [ranks.run(1, measured_modules, stage=stage) for stage in (2, 3)] == [[2 * 4], [0]]
 
 
 def pretrain_with_a_slow_rank(plain: dict[str, Any], rank: int, place: str) -> str | None:
