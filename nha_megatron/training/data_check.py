@@ -23,7 +23,7 @@ def check_data(config: RunConfig, layout: Layout, say: Callable[[str], None]) ->
     """Compares the token files with their checksums (data/verify.py); returns what was checked, on ranks that read. Collective.
 
     Every node may have a copy of its own, so the first process of each node reads. Raises `ConfigError` on all ranks when one of them
-    finds a file that is not what was prepared.
+    finds a file that is not what was prepared, or cannot be read.
     """
     reads = int(os.environ.get("LOCAL_RANK", layout.rank)) == 0
     files: list[CheckedFile] = []
@@ -38,6 +38,8 @@ def check_data(config: RunConfig, layout: Layout, say: Callable[[str], None]) ->
                 files = work.result()
             except ConfigError as error:
                 problem = str(error)
+            except OSError as error:  # raised here it would leave the other ranks in the gather below
+                problem = f"token files cannot be read: {error}; check data.path, data.validation and their permissions"
     problems: list[str | None] = [None] * layout.world_size
     dist.all_gather_object(problems, problem)
     found = next((problem for problem in problems if problem is not None), None)

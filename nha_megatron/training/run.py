@@ -61,8 +61,8 @@ def pretrain(config: RunConfig) -> signal.Signals | None:
     layout = create_layout(phases[0][0].config, choose_device(config.training.device))
     say = print if layout.rank == 0 else _ignore
     config.check_world(layout.world_size)
+    files = check_data(config, layout, say)  # first: what is wrong on one node alone is heard of on all ranks
     with StageData(config) as data:
-        files = check_data(config, layout, say)
         checkpoint = newest_checkpoint(config, say)
         step = 0 if checkpoint is None else read_manifest(checkpoint).step
         while True:
