@@ -37,6 +37,11 @@ def step_directory(root: Path, step: int) -> Path:
     return root / f"step_{step}"
 
 
+def step_of(directory: Path) -> int:
+    """The step in a published folder's name; `read_manifest` refuses a manifest of another step."""
+    return int(directory.name.removeprefix("step_"))
+
+
 def partial_directory(root: Path, step: int) -> Path:
     return root / f".step_{step}.partial"
 

@@ -99,21 +99,31 @@ def _require_types(manifest: Manifest) -> None:
 def verify(directory: str | Path, group: dist.ProcessGroup | None = None, threads: int = 1) -> Manifest:
     """Checks that every file is there with its size and sha256, and returns the manifest. `threads` read at a time.
 
-    With a process group, collective over it: each rank reads its share of the files and all come to the same answer.
+    With a process group, collective over it: each rank reads its share of the files and all come to the same answer, also
+    when only one of them cannot read the manifest (a network file system that shows it new names late).
     Raises `CheckpointError` naming what is wrong.
     """
     directory = Path(directory)
-    manifest = read_manifest(directory)
+    manifest, unreadable = None, None
+    try:
+        manifest = read_manifest(directory)
+    except CheckpointError as error:
+        unreadable = error
+    files = {} if manifest is None else manifest.files
     rank, size = (dist.get_rank(group), dist.get_world_size(group)) if group is not None else (0, 1)
     with ThreadPoolExecutor(threads) as pool:  # hashing lets other threads run
-        found = pool.map(lambda name: _problem(directory / name, name, manifest.files[name]), sorted(manifest.files)[rank::size])
+        found = pool.map(lambda name: _problem(directory / name, name, files[name]), sorted(files)[rank::size])
         problems = [problem for problem in found if problem is not None]
     if group is not None:
-        shares: list[list[str]] = [[] for _ in range(size)]
-        dist.all_gather_object(shares, problems, group=group)
-        problems = [problem for share in shares for problem in share]
+        shares: list[tuple[CheckpointError | None, list[str]]] = [(None, [])] * size
+        dist.all_gather_object(shares, (unreadable, problems), group=group)
+        unreadable = next((error for error, _ in shares if error is not None), None)
+        problems = [problem for _, share in shares for problem in share]
+    if unreadable is not None:
+        raise unreadable
     if problems:
         raise CheckpointError(f"checkpoint {directory} is damaged: {'; '.join(problems[:5])}{' ...' if problems[5:] else ''}")
+    assert manifest is not None
     return manifest
 
 

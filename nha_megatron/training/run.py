@@ -26,11 +26,10 @@ from nha_megatron.checkpoint import (
     find_newest,
     load_checkpoint,
     load_weights,
-    read_manifest,
     resolve,
 )
 from nha_megatron.checkpoint.collective import on_rank_zero
-from nha_megatron.checkpoint.files import published_steps, step_directory, write_atomically
+from nha_megatron.checkpoint.files import published_steps, step_directory, step_of, write_atomically
 from nha_megatron.config import RunConfig, save_resolved
 from nha_megatron.config.deepspeed import zero_settings
 from nha_megatron.config.stage_plan import Stage, plan_phases
@@ -64,7 +63,7 @@ def pretrain(config: RunConfig) -> signal.Signals | None:
     files = check_data(config, layout, say)  # first: what is wrong on one node alone is heard of on all ranks
     with StageData(config) as data:
         checkpoint = newest_checkpoint(config, say)
-        step = 0 if checkpoint is None else read_manifest(checkpoint).step
+        step = 0 if checkpoint is None else step_of(checkpoint)
         while True:
             phase = next((phase for phase in phases if step < phase[-1].last_step), phases[-1])
             if phase is not phases[0]:

@@ -17,8 +17,10 @@ from unittest import mock
 import torch
 import torch.distributed as dist
 from megatron.core.dist_checkpointing import ShardedTensor
+from megatron.core.dist_checkpointing.core import CheckpointingException
 
-from nha_megatron.checkpoint import Progress, find_newest, load_checkpoint, save_checkpoint
+from nha_megatron.checkpoint import CheckpointError, Progress, find_newest, load_checkpoint, save_checkpoint
+from nha_megatron.checkpoint import manifest as manifest_module
 from nha_megatron.checkpoint import saver as saver_module
 from nha_megatron.checkpoint import shards as shards_module
 from nha_megatron.checkpoint.save import PendingSave
@@ -163,11 +165,66 @@ def _pretrain_and_listen(plain: dict[str, Any], after_failure: Callable[[int], N
         return small_run.pretrain_on_rank(plain), said
 
 
+class OneTensorEngine:
+    """An engine to `PendingSave`: one tensor, of which rank 0 has all, or one of two halves that nobody else has."""
+
+    device = torch.device("cpu")
+
+    def __init__(self, is_whole: bool) -> None:
+        self._is_whole = is_whole
+
+    def sharded_state_dict(self, is_loading: bool) -> dict[str, Any]:
+        offset = () if self._is_whole else ((0, 0, 2),)
+        return {"tensor": ShardedTensor.from_rank_offsets("tensor", torch.ones(4), *offset, replica_id=dist.get_rank())}
+
+
+def save_one_tensor(root: str, is_whole: bool) -> None:
+    engine: Any = OneTensorEngine(is_whole)
+    save_checkpoint(Path(root), engine, Progress(2, 128), {}, keep=1)
+
+
+def save_half_a_tensor(root: str) -> str:
+    """The name of what is raised."""
+    try:
+        save_one_tensor(root, is_whole=False)
+    except (CheckpointError, CheckpointingException) as error:
+        return type(error).__name__
+    return "saved"
+
+
+def save_with_a_fault_of_the_program(root: str) -> str:
+    """The name of what each rank raises when rank 0 alone meets an error that is none of the disk's."""
+
+    def write_manifest(*_: Any) -> None:
+        raise ZeroDivisionError("a fault")
+
+    try:
+        with mock.patch.dict(PendingSave._publish.__globals__, write_manifest=write_manifest):
+            save_one_tensor(root, is_whole=True)
+    except (CheckpointError, ZeroDivisionError) as error:
+        dist.barrier()  # no rank waits in another collective
+        return type(error).__name__
+    return "saved"
+
+
 def find(root: str) -> tuple[list[str], str | None]:
     """What was reported on the way to the newest sound checkpoint, and its path."""
     reports: list[str] = []
     newest = find_newest(Path(root), reports.append)
     return reports, None if newest is None else str(newest)
+
+
+def find_where_one_rank_cannot_read(root: str, name: str) -> tuple[list[str], str | None]:
+    """As `find`; the manifest of checkpoint `name` cannot be read on rank 1."""
+    original = manifest_module.read_manifest
+
+    def read_manifest(directory: Path) -> manifest_module.Manifest:
+        if directory.name == name and dist.get_rank() == 1:
+            raise CheckpointError(f"checkpoint {directory}: manifest.json cannot be read: Stale file handle")
+        return original(directory)
+
+    with mock.patch.object(manifest_module, "read_manifest", read_manifest):
+        return find(root)
 
 
 def resume(plain: dict[str, Any]) -> tuple[list[str], str | int | None]:

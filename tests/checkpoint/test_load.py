@@ -11,6 +11,7 @@ import torch
 
 from nha_megatron.checkpoint import load_weights_full, read_manifest
 from nha_megatron.config import parse_config
+from tests.checkpoint.programs import find_where_one_rank_cannot_read
 from tests.distributed import RankPool
 from tests.training import small_run
 
@@ -48,6 +49,12 @@ def test_the_newest_sound_checkpoint_is_taken_and_the_broken_one_replaced(ranks:
     assert [record["step"] for record in small_run.metrics(folder)] == [1, 2, 3, 4]
     assert checkpoints(folder) == ["latest", "step_2", "step_4"]
     load_weights_full(broken)
+
+
+def test_what_one_rank_cannot_read_no_rank_takes(ranks: RankPool, folder: Path) -> None:
+    root = folder / "run" / "checkpoints"
+    reports, newest = [f"skipped: checkpoint {root}/step_4: manifest.json cannot be read: Stale file handle"], str(root / "step_2")
+    assert ranks.run(2, find_where_one_rank_cannot_read, root=str(root), name="step_4") == [(reports, newest)] * 2
 
 
 def test_leftovers_go_and_old_checkpoints_too(ranks: RankPool, folder: Path) -> None:
