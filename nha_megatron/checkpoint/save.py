@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
-from megatron.core.dist_checkpointing.core import CheckpointingException
 
 from nha_megatron.checkpoint.collective import on_rank_zero, sum_over_ranks
 from nha_megatron.checkpoint.files import (
@@ -43,7 +42,8 @@ class PendingSave:
     """A checkpoint whose bytes are being written. All methods are collective over all ranks.
 
     What is saved is the state at the moment of the call, also when training goes on meanwhile; `copy` must be true then.
-    Raises `CheckpointError` on every rank when the folder cannot be made.
+    Raises `CheckpointError` on every rank when the folder cannot be made. When the ranks' shards do not make a whole, Megatron's
+    `CheckpointingException` passes through: a fault of the program, which 0.16.1 raises on rank 0 alone, so rank 0 must end.
 
     Args:
         config: the resolved configuration, kept in the manifest.
@@ -64,11 +64,8 @@ class PendingSave:
         state = engine.sharded_state_dict(is_loading=False)
         assert "rng_state" not in state
         state["rng_state"] = rng_for_saving(engine.device)
-        try:
-            # On CUDA the copy to host memory is one; what the engine has in host memory there, it made for this call.
-            self._writer = ShardWriter(state, self._partial, copy and engine.device.type == "cpu")
-        except CheckpointingException as error:  # of Megatron: the ranks' shards do not make a whole
-            raise CheckpointError(self._not_written(str(error))) from error
+        # On CUDA the copy to host memory is one; what the engine has in host memory there, it made for this call.
+        self._writer = ShardWriter(state, self._partial, copy and engine.device.type == "cpu")
         self._writer.start()
 
     def advance(self) -> tuple[bool, int, int]:
