@@ -33,6 +33,8 @@ from nha_megatron.checkpoint.manifest import FileEntry
 
 _BACKEND, _VERSION = "torch_dist", 1
 _COMMON = "common.pt"
+# Between two syncs: a fraction of a second on a disk, and thousands of small items share one.
+_SYNC_BYTES = 64 * 2**20
 
 
 class Written(NamedTuple):
@@ -132,8 +134,10 @@ class _Plan(TorchDistSaveShardedStrategy):
 
 
 class _Stream(io.RawIOBase):
-    """A file that counts and hashes what is written to it.
+    """A file that counts and hashes what is written to it, made durable on the way.
 
+    Otherwise `count` would tell how fast memory takes the bytes, and one fsync at the end, during which nothing moves, would
+    do all the work of a slow disk.
     An error is kept and raised by `check`: raised from `write` it would pass through torch's zip writer, which hides it.
     """
 
@@ -142,6 +146,7 @@ class _Stream(io.RawIOBase):
         self._error: OSError | None = None
         self.sha256 = hashlib.sha256()
         self.count = 0
+        self._unsynced = 0
 
     def writable(self) -> bool:
         return True
@@ -152,13 +157,19 @@ class _Stream(io.RawIOBase):
     def write(self, data: Any) -> int:
         view = memoryview(data).cast("B")
         self.sha256.update(view)
-        done = 0
-        while self._error is None and done < len(view):
+        end = self.count + len(view)
+        while self._error is None and self.count < end:
             try:
-                done += self._file.write(view[done:]) or 0  # the system writes at most 2 GiB at once
+                done = len(view) - (end - self.count)
+                written = self._file.write(view[done : done + _SYNC_BYTES - self._unsynced]) or 0
+                self._unsynced += written
+                if self._unsynced == _SYNC_BYTES:
+                    os.fdatasync(self._file.fileno())
+                    self._unsynced = 0
+                self.count += written
             except OSError as error:
                 self._error = error
-        self.count += len(view)
+        self.count = end  # after an error too: torch's zip writer goes by it
         return len(view)
 
     def check(self) -> None:
