@@ -81,11 +81,7 @@ class PendingSave:
         own = self._writer.result()
         shares: list[Written] = [own] * dist.get_world_size()
         dist.gather_object(own, shares if dist.get_rank() == 0 else None, dst=0)
-        try:
-            on_rank_zero(f"checkpoint {self.path} could not be written", lambda: self._publish(shares))
-        except CheckpointError:
-            on_rank_zero("", lambda: shutil.rmtree(self._partial, ignore_errors=True))
-            raise
+        on_rank_zero(f"checkpoint {self.path} could not be written", lambda: self._publish(shares))
         on_rank_zero(f"checkpoint {self.path} is saved, but `latest` or older ones could not be changed", lambda: self._tidy(keep))
         return self.path
 
@@ -94,19 +90,26 @@ class PendingSave:
         retain(self._root, keep, self.progress.step)
 
     def _publish(self, shares: list[Written]) -> None:
+        """On rank 0. Whatever it raises, the half-written folder is gone."""
+        try:
+            self._complete(shares)
+            publish(self._partial, self.path)
+        except Exception as error:
+            shutil.rmtree(self._partial, ignore_errors=True)
+            if isinstance(error, OSError):
+                raise CheckpointError(self._not_written(f"rank 0: {reason_of(error)}")) from error
+            raise
+
+    def _complete(self, shares: list[Written]) -> None:
         errors = [f"rank {rank}: {share.error}" for rank, share in enumerate(shares) if share.error is not None]
         if errors:
             raise CheckpointError(self._not_written("; ".join(errors[:4]) + (f" and {len(errors) - 4} more" if errors[4:] else "")))
-        try:
-            self._writer.write_metadata(self._partial, [share.items for share in shares])
-            files = {name: entry for share in shares for name, entry in share.files.items()}
-            for path in self._partial.iterdir():
-                if path.name not in files:
-                    files[path.name] = FileEntry(path.stat().st_size, file_sha256(path, sync=True))
-            write_manifest(self._partial, self._manifest(files))
-            publish(self._partial, self.path)
-        except OSError as error:
-            raise CheckpointError(self._not_written(f"rank 0: {reason_of(error)}")) from error
+        self._writer.write_metadata(self._partial, [share.items for share in shares])
+        files = {name: entry for share in shares for name, entry in share.files.items()}
+        for path in self._partial.iterdir():
+            if path.name not in files:
+                files[path.name] = FileEntry(path.stat().st_size, file_sha256(path, sync=True))
+        write_manifest(self._partial, self._manifest(files))
 
     def _manifest(self, files: dict[str, FileEntry]) -> Manifest:
         return Manifest(
