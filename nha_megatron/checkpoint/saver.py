@@ -50,8 +50,14 @@ class CheckpointSaver:
         self._waited = 0.0  # seconds that training stood still for the pending save
 
     def save(self, progress: Progress, last: bool = False) -> None:
-        """Starts a checkpoint of this moment, after the one before; waits for it unless checkpoints are asynchronous."""
-        self.wait()
+        """Starts a checkpoint of this moment, after the one before; waits for it unless checkpoints are asynchronous.
+
+        `last`: it is tried also when the one before was the failure that would have ended the run.
+        """
+        if last:
+            self.settle()
+        else:
+            self.wait()
         started = time.perf_counter()
         copy = self._settings.asynchronous and not last
         try:
@@ -92,6 +98,13 @@ class CheckpointSaver:
             time.sleep(_POLL_S)
         self._waited += time.perf_counter() - started
         self._finish(last)
+
+    def settle(self) -> None:
+        """`wait` before the run's end, which something else decides: a failure is only said."""
+        try:
+            self.wait()
+        except CheckpointError as error:
+            self._say(f"warning: {error}")
 
     def _finish(self, last: bool) -> None:
         assert self._pending is not None

@@ -185,7 +185,7 @@ def run(
             try:
                 stopped_by = train(config, engine, layout, data, progress, reporter, saver, watch, until)
             except TrainingError:  # on all ranks together; what is being written is from before
-                saver.wait()
+                saver.settle()
                 raise
         if stopped_by:
             say(f"stopped by {stopped_by.name} after step {progress.step}, which is saved: start again to continue")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,8 +10,17 @@ from typing import Any
 
 import pytest
 
-from nha_megatron.checkpoint import verify
-from tests.checkpoint.programs import pretrain_on_a_slow_disk, pretrain_with_a_failing_call, pretrain_with_a_file_limit
+from nha_megatron.checkpoint import CheckpointError, CheckpointSaver, Progress, verify
+from nha_megatron.checkpoint import saver as saver_module
+from nha_megatron.checkpoint import shards as shards_module
+from nha_megatron.config import CheckpointConfig
+from tests.checkpoint.programs import (
+    pretrain_on_a_slow_disk,
+    pretrain_with_a_failing_call,
+    pretrain_with_a_file_limit,
+    save_half_a_tensor,
+    save_with_a_fault_of_the_program,
+)
 from tests.distributed import RankPool
 from tests.training import small_run
 
@@ -97,6 +107,63 @@ def test_a_failure_of_rank_0_alone_reaches_all(ranks: RankPool, new: Path, where
     assert checkpoints(new) == ["latest", "step_2", *["step_4"] * is_saved, "step_6"]
     for step in (2, 6):
         verify(new / "run" / "checkpoints" / f"step_{step}")
+
+
+def test_shards_that_do_not_make_a_whole_are_not_taken_for_a_failing_disk(ranks: RankPool, tmp_path: Path) -> None:
+    """Training must not go on: with megatron-core 0.16.1 rank 0 alone knows of it, and the others wait in a collective."""
+    assert ranks.run(1, save_half_a_tensor, root=str(tmp_path)) == ["CheckpointingException"]
+
+
+def test_after_a_fault_of_the_program_no_rank_waits_and_no_folder_is_left(ranks: RankPool, tmp_path: Path) -> None:
+    assert ranks.run(2, save_with_a_fault_of_the_program, root=str(tmp_path)) == ["ZeroDivisionError", "CheckpointError"]
+    assert list(tmp_path.iterdir()) == []
+
+
+class UnwritablePendingSave:
+    """Every checkpoint is written in no time, and fails when it is to be published."""
+
+    started = 0.0
+
+    def __init__(self, root: Path, engine: Any, progress: Progress, *_: Any) -> None:
+        self.progress = progress
+
+    def advance(self) -> tuple[bool, int, int]:
+        return True, 1, 1
+
+    def finish(self, keep: int) -> Path:
+        raise CheckpointError(f"step {self.progress.step} failed")
+
+
+def test_the_last_checkpoint_is_tried_though_the_one_before_failed_too_often(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(saver_module, "PendingSave", UnwritablePendingSave)
+    said: list[str] = []
+    engine: Any = None
+    saver = CheckpointSaver(tmp_path, engine, {}, CheckpointConfig(asynchronous=True, attempts=1), said.append)
+    saver.save(Progress(1, 64))
+    with pytest.raises(CheckpointError, match="step 2 failed"):
+        saver.save(Progress(2, 128), last=True)
+    assert said == ["warning: step 1 failed"]
+
+
+def test_a_large_write_is_made_durable_and_counted_slice_by_slice(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Otherwise the stall watch would take a long fsync at the end for a hung run."""
+    monkeypatch.setattr(shards_module, "_SYNC_BYTES", 4)
+    counts: list[int] = []
+    monkeypatch.setattr(os, "fdatasync", lambda _: counts.append(stream.count))
+    with (tmp_path / "file").open("wb", buffering=0) as file:
+        stream = shards_module._Stream(file)
+        for part in (b"ab", b"cdefghij", b"k"):
+            stream.write(part)
+    assert counts == [2, 4] and stream.count == 11  # before the bytes that the sync is for: 4 and 8 lie in the file then
+    assert (tmp_path / "file").read_bytes() == b"abcdefghijk"
+
+
+def test_numbers_that_fail_are_told_though_the_disk_fails_too(ranks: RankPool, new: Path) -> None:
+    """Step 2 gives the run up while the checkpoint of step 1 is being written, to a full disk."""
+    plain = settings(new, every=1, asynchronous=True, attempts=1)
+    plain |= {"optimizer": {"lr": 1e30, "warmup_steps": 0, "clip_grad": 0.0}, "guards": {"skip_limit": 0}}
+    for message, _ in ranks.run(2, pretrain_with_a_file_limit, plain=plain, limit=LIMIT, rank=0):
+        assert message is not None and "of step 2 is" in message and "guards.skip_limit is 0" in message
 
 
 @pytest.mark.slow
