@@ -163,6 +163,6 @@ def no_new_model(training: "TrainingConfig") -> Iterator[str]:
     """Refuses stages that build the model anew under the DeepSpeed engine."""
     if training.engine == "deepspeed" and any(stage.context or stage.recompute for stage in training.stages or []):
         yield (
-            "training.stages: context and recompute build the model anew, which training.engine deepspeed does not do within a run; use "
-            "engine megatron, or change parallel.context between two starts of the run"
+            "training.stages with context or recompute under training.engine deepspeed; not supported yet, because they build the model "
+            "anew within a run: use training.engine megatron, or change parallel.context between two starts of the run"
         )

@@ -10,6 +10,14 @@ REFUSALS = {
         {"training": {"engine": "deepspeed"}, "parallel": {"pipeline": 2}},
         ["training.engine deepspeed with parallel.pipeline 2", "use training.engine megatron", "ZeRO stage 3"],
     ),
+    "stages with another layout under deepspeed": (
+        {"training": {"engine": "deepspeed", "stages": [{"from_tokens": 2000, "context": 2}]}},
+        ["training.stages with context or recompute under training.engine deepspeed", "use training.engine megatron"],
+    ),
+    "stages with another recomputation under deepspeed": (
+        {"training": {"engine": "deepspeed", "stages": [{"from_tokens": 2000, "recompute": "full"}]}},
+        ["training.stages with context or recompute under training.engine deepspeed"],
+    ),
 }
 
 
@@ -39,6 +47,7 @@ ALLOWED = {
         "training": {"engine": "deepspeed"},
         "parallel": {"tensor": 2, "sequence": True, "context": 2},
     },
+    "stages of one layout under deepspeed": {"training": {"engine": "deepspeed", "stages": [{"from_tokens": 2000, "sequence_length": 64}]}},
     "all axes": {"parallel": {"tensor": 2, "sequence": True, "pipeline": 2, "virtual_pipeline": 2, "context": 2}},
 }
 

@@ -131,11 +131,6 @@ REFUSED = {
         {},
         "training.stages.0: data.sequence_length 128 is not a multiple of parallel.context 3",
     ),
-    "a new layout under DeepSpeed": (
-        [{"from_tokens": 2000, "context": 2}],
-        {"training": {"engine": "deepspeed"}},
-        "context and recompute build the model anew, which training.engine deepspeed does not do within a run",
-    ),
     "not ascending": ([{"from_tokens": 2000}, {"from_tokens": 2000}], {}, "training.stages.1.from_tokens 2,000 is not after"),
     "no step": (
         [{"from_tokens": 1}, {"from_tokens": 1024}],
