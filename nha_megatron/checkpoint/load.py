@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -38,13 +39,14 @@ _FREE_IN_MODEL = ("init_from", "init_std")
 def find_newest(root: Path, report: Callable[[str], None]) -> Path | None:
     """The newest sound checkpoint below `root`, or None. Collective; every rank gets the same answer.
 
-    Leftovers of a crash are removed. Damaged checkpoints are skipped, and `report`ed in one line each.
+    Leftovers of a crash are removed. Checkpoints that are damaged or unsafe to read are skipped, and `report`ed in one line each.
     """
     on_rank_zero(f"checkpoint.path {root} cannot be used", lambda: prepare_root(root))
     for step in reversed(from_rank_zero(published_steps(root))):
         directory = step_directory(root, step)
         try:
             verify(directory, dist.group.WORLD)
+            on_rank_zero(f"checkpoint {directory} cannot be read", partial(require_plain_data, directory))
             return directory
         except CheckpointError as error:
             report(f"skipped: {error}")

@@ -4,6 +4,8 @@ sound     step_100: 409,600 tokens, 1.31 GiB in 6 files of 2 ranks
 damaged   step_200: __1_0.distcp has another content than was written (sha256 differs)
 unfinished step_300: being written, or left by a crash; the next start of the run removes it
 a run would continue from step_100
+
+The last line is left out for a single checkpoint: newer ones may stand beside it.
 """
 
 from __future__ import annotations
@@ -24,8 +26,9 @@ class VerifyReport:
     """
 
     def __init__(self, path: str | Path) -> None:
-        path = Path(path)
+        path = Path(path).resolve()  # "." has no name to print
         root = next((folder for folder in (path, path / "checkpoints") if published_steps(folder) or unfinished_steps(folder)), None)
+        self._is_run = root is not None
         if root is None:
             self._directories, self._unfinished = [resolve(path)], []
         else:
@@ -46,7 +49,8 @@ class VerifyReport:
                 yield f"sound      {directory.name}: {_contents(manifest)}"
         for step in self._unfinished:
             yield f"unfinished step_{step}: being written, or left by a crash; the next start of the run removes it"
-        yield f"a run would continue from {newest}" if newest else "there is no checkpoint that a run could continue from"
+        if self._is_run:
+            yield f"a run would continue from {newest}" if newest else "there is no checkpoint that a run could continue from"
 
 
 def _reason(directory: Path, error: CheckpointError) -> str:

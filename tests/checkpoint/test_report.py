@@ -22,7 +22,13 @@ def test_all_sound(finished_run: Path, capsys: pytest.CaptureFixture[str]) -> No
     assert lines[1].startswith("sound      step_4: 512 tokens")
     assert lines[2] == "a run would continue from step_4"
     assert verify(finished_run / "run" / "checkpoints", capsys) == (status, lines)
-    assert verify(finished_run / "run" / "checkpoints" / "step_2", capsys) == (0, [lines[0], "a run would continue from step_2"])
+    assert verify(finished_run / "run" / "checkpoints" / "step_2", capsys) == (0, lines[:1])
+
+
+def test_the_folder_one_stands_in(finished_run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(finished_run / "run" / "checkpoints" / "step_4")
+    status, (line,) = verify(Path("."), capsys)
+    assert status == 0 and line.startswith("sound      step_4: 512 tokens")
 
 
 def test_a_damaged_one_is_named_and_the_one_before_is_taken(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
