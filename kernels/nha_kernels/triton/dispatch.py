@@ -67,6 +67,15 @@ def refusal_of_device(x: Tensor) -> str | None:
     return None
 
 
+def refusal_of_sizes(dims: tuple[int, int], slots: int) -> str | None:
+    """Why no kernel of this package takes these K and V or this M; None if they do."""
+    if not set(dims) <= {64, 128, 256}:
+        return f"K and V must be 64, 128 or 256, given {dims}"
+    if slots % 16 or not 16 <= slots <= 256:
+        return f"M must be a multiple of 16 from 16 to 256, given {slots}"
+    return None
+
+
 def refusal(q: Tensor, k: Tensor, v: Tensor, g: Tensor, window: int | None) -> str | None:
     """Why the kernels do not serve a call; None if they do."""
     dims, slots, group = (q.shape[3], v.shape[3]), g.shape[3], q.shape[2] // k.shape[2]
@@ -75,8 +84,9 @@ def refusal(q: Tensor, k: Tensor, v: Tensor, g: Tensor, window: int | None) -> s
         return reason
     if q.dtype not in (torch.bfloat16, torch.float16, torch.float32):
         return f"the kernels take bfloat16, float16 and float32, not {q.dtype}"
-    if not set(dims) <= {64, 128, 256}:
-        return f"K and V must be 64, 128 or 256, given {dims}"
+    reason = refusal_of_sizes(dims, slots)
+    if reason is not None:
+        return reason
     exact = q.dtype == torch.float32
     if exact and max(dims) > 128:
         return f"in float32 K and V are at most 128, given {dims}: larger tiles exceed shared memory"
@@ -89,8 +99,6 @@ def refusal(q: Tensor, k: Tensor, v: Tensor, g: Tensor, window: int | None) -> s
         return (
             f"at most {most} query heads share a KV head with K, V = {dims} in {q.dtype}, given {group}: larger tiles exceed shared memory"
         )
-    if slots % 16 or not 16 <= slots <= 256:
-        return f"M must be a multiple of 16 from 16 to 256, given {slots}"
     if window is None or window > WIDEST_FUSED_WINDOW:
         if exact:
             return f"windows wider than {WIDEST_FUSED_WINDOW} tokens go through flash attention, which does not take float32"

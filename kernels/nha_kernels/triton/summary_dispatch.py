@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from .dispatch import refusal_of_device
+from .dispatch import refusal_of_device, refusal_of_sizes
 
 
 def refusal_of_summary(k: Tensor, v: Tensor, g: Tensor) -> str | None:
@@ -14,10 +14,9 @@ def refusal_of_summary(k: Tensor, v: Tensor, g: Tensor) -> str | None:
         return reason
     if k.dtype != v.dtype or k.dtype not in (torch.bfloat16, torch.float16, torch.float32) or g.dtype != torch.float32:
         return f"the kernels take bfloat16, float16 or float32 with log-gates in float32, not {k.dtype}, {v.dtype}, {g.dtype}"
-    if not set(dims) <= {64, 128, 256}:
-        return f"K and V must be 64, 128 or 256, given {dims}"
-    if slots % 16 or not 16 <= slots <= 256:
-        return f"M must be a multiple of 16 from 16 to 256, given {slots}"
+    reason = refusal_of_sizes(dims, slots)
+    if reason is not None:
+        return reason
     if k.shape[0] == 0 or k.shape[1] == 0:
         return "there are no tokens"
     return None
