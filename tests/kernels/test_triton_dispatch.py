@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from nha_kernels import explain_dispatch, nha_attention
+from nha_kernels import Memory, explain_dispatch, nha_attention
+from nha_kernels.triton.dispatch import run_unchecked_sizes
 
 pytest.importorskip("triton", reason="triton is not installed: nothing is dispatched to it")
 
@@ -27,14 +28,13 @@ def test_cpu_tensors_go_to_torch() -> None:
         ({"dims": (96, 128)}, 64, "K and V must be 64, 128 or 256"),
         ({"slots": 24}, 64, "multiple of 16 from 16 to 256, given 24"),
         ({"slots": 272}, 64, "multiple of 16 from 16 to 256, given 272"),
-        ({"group": 9}, 64, "at most 8 query heads"),
-        ({"group": 2, "dims": (256, 256)}, 64, "have been checked with 3 and 4 query heads"),
+        ({"group": 2, "dims": (256, 256)}, 64, "have been checked with 3 and more query heads"),
         ({"group": 1, "slots": 32, "dims": (128, 128), "dtype": torch.bfloat16}, 64, "have been checked with 3 or more query heads"),
-        ({"group": 5, "dims": (256, 256)}, 64, "at most 4 query heads"),
-        ({"group": 5, "dtype": torch.float32}, 64, "at most 4 query heads"),
         ({"dims": (256, 64), "dtype": torch.float32}, 64, "at most 128"),
-        ({"dtype": torch.float32}, None, "does not take float32"),
+        ({"dtype": torch.float32}, None, "takes bfloat16 and float16, not torch.float32"),
+        ({"dtype": torch.float32}, 513, "takes bfloat16 and float16, not torch.float32"),
         ({"dims": (64, 128)}, None, "needs K = V"),
+        ({"dims": (100, 100)}, None, "a multiple of 8 up to 256"),
     ],
 )
 def test_refusals(shape: dict, window: int | None, reason: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -51,7 +51,36 @@ def test_tables_are_static(monkeypatch: pytest.MonkeyPatch) -> None:
     assert short == long and short.startswith("triton: fused, Tiles(chunk=16")
 
 
-def test_wide_windows_attend_through_flash(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wide_windows_attend_through_a_library(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     assert explain_dispatch(*call(), window=512).startswith("triton: fused")
-    assert explain_dispatch(*call(), window=513).startswith("triton: window by PyTorch's flash kernel")
+    assert explain_dispatch(*call(), window=513).startswith(
+        "triton: window by torch-flash (none was measured on this device; not flash-attn-4: "
+    )
+    assert "slots fused" in explain_dispatch(*call(), window=513)
+    assert explain_dispatch(*call(), window=None).endswith("slots are never written")
+
+
+def test_full_windows_without_a_memory_need_no_slot_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sizes that the slot kernels refuse are served; a memory may hold slots, so with one they are not."""
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    odd = call(dims=(96, 96), slots=24)
+    assert explain_dispatch(*odd, window=None).startswith("triton: window by torch-flash")
+    memory = Memory.empty(1, 2, 24, 96, 96, None, dtype=torch.bfloat16)
+    assert explain_dispatch(*odd, window=None, memory=memory).startswith("torch: the slots of the memory are read by kernels that do not")
+    memory = Memory.empty(1, 2, 64, 128, 128, None, dtype=torch.bfloat16)
+    assert "slots fused" in explain_dispatch(*call(), window=None, memory=memory)
+
+
+def test_large_groups_run_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert "fused, 2 parts of the 12 query heads to a KV head" in explain_dispatch(*call(group=12), window=64)
+    assert "fused, 2 parts of the 5 query heads" in explain_dispatch(*call(group=5, dtype=torch.float32), window=64)
+
+
+def test_sizes_that_were_not_checked_run_where_that_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    unchecked = call(group=2, dims=(256, 256))
+    with run_unchecked_sizes():
+        assert explain_dispatch(*unchecked, window=64).startswith("triton: fused")
+    assert explain_dispatch(*unchecked, window=64).startswith("torch: ")

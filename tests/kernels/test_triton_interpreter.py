@@ -10,7 +10,9 @@ import pytest
 pytest.importorskip("triton", reason="triton is not installed: the kernels' arithmetic is not tested here")
 
 
-@pytest.mark.parametrize("file", ["triton_interpreter_cases.py", "triton_decode_cases.py", "triton_summary_cases.py"])
+@pytest.mark.parametrize(
+    "file", ["triton_interpreter_cases.py", "triton_wide_cases.py", "triton_decode_cases.py", "triton_summary_cases.py"]
+)
 def test_kernels_equal_plain_pytorch(file: str) -> None:
     cases = pathlib.Path(__file__).with_name(file)
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-W", "ignore", str(cases)]

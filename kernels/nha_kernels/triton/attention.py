@@ -3,8 +3,9 @@
 Kept for the backward: the inputs, the output, its log-sum-exp, the slots before each segment. Everything else is computed again.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -13,18 +14,21 @@ from torch.autograd.function import once_differentiable
 from ..chunked import chunked_attention
 from ..conventions import clamp_log_gates
 from ..memory import Memory
-from ..rope import rope_tables, rotate
 from ..sequence import ExtendedSequence, extend_sequence
 from .backward_slots import backward_slots
 from .backward_window import backward_window
 from .device import on_device_of_first_argument
-from .dispatch import WIDEST_FUSED_WINDOW, choose_tiles
+from .dispatch import WIDEST_FUSED_WINDOW, choose_tiles, largest_group, refusal_of_slots
 from .flash import sequence_bounds
 from .forward import forward
+from .libraries import choose_library, window_call
 from .merged_attention import MergedAttention, MergedOptions
 from .problem import Problem, Tiles
 from .rope_table import rope_table
+from .rotary import rotated_heads
 from .states import SegmentStarts, segment_starts
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -113,7 +117,12 @@ def triton_attention(
 ) -> tuple[Tensor, Memory]:
     """Arguments as `nha_attention`; dispatch has checked that the kernels serve them."""
     if window is None or window > WIDEST_FUSED_WINDOW:
-        return _wide_window(q, k, v, g, window, rope, rope_attention_factor, scale, empty_slots, cu_seqlens, memory)
+
+        def attend(part: Tensor) -> tuple[Tensor, Memory]:
+            return _wide_window(part, k, v, g, window, rope, rope_attention_factor, scale, empty_slots, cu_seqlens, memory)
+
+        reads_slots = window is not None or memory is not None
+        return _in_parts_of_groups(attend, q, k.shape[2], largest_group(q, v)) if reads_slots else attend(q)
     options = _Options(
         held=0 if memory is None else memory.window_keys.shape[1],
         window=window,
@@ -123,15 +132,43 @@ def triton_attention(
         tiles=choose_tiles(q, k, v, g, window),
     )
     if memory is None and cu_seqlens is None:  # nothing to prepare: no launch besides the kernels
-        out, final = _FusedAttention.apply(q, k, v, g, None, None, rope, options)
+        out, final = fused_attention(q, k, v, g, None, None, rope, options)
         tail = slice(max(0, k.shape[1] - window), k.shape[1])
         length = torch.full((k.shape[0],), k.shape[1], dtype=torch.int64, device=k.device)
         return out, _memory(final, (k[:, tail], v[:, tail], clamp_log_gates(g[:, tail])), length, k.shape[-1], window)
     sequence = extend_sequence(k, v, g, window=window, cu_seqlens=cu_seqlens, memory=memory)
     initial = _initial_slots(sequence, cu_seqlens, memory)
     start = _document_starts(sequence, cu_seqlens, memory)
-    out, final = _FusedAttention.apply(q, sequence.keys, sequence.values, sequence.log_gates, initial, start, rope, options)
+    out, final = fused_attention(q, sequence.keys, sequence.values, sequence.log_gates, initial, start, rope, options)
     return out, _memory_after(sequence, final, k.shape[-1], window)
+
+
+def fused_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    initial: Tensor | None,
+    start: Tensor | None,
+    rope: Tensor | None,
+    options: _Options,
+) -> tuple[Tensor, Tensor]:
+    """Output and final slots of the fused kernels, for any number of query heads to a KV head."""
+    return _in_parts_of_groups(
+        lambda part: _FusedAttention.apply(part, k, v, g, initial, start, rope, options), q, k.shape[2], largest_group(q, v)
+    )
+
+
+def _in_parts_of_groups(attend: Callable[[Tensor], tuple[Tensor, T]], q: Tensor, kv_heads: int, most: int) -> tuple[Tensor, T]:
+    """`attend` with at most `most` query heads to a KV head at a time. Each part goes through the slots again; autograd adds the gradients
+    of the KV heads."""
+    group = q.shape[2] // kv_heads
+    if group <= most:
+        return attend(q)
+    parts = q.unflatten(2, (kv_heads, group)).tensor_split(-(-group // most), dim=3)
+    results = [attend(part.flatten(2, 3)) for part in parts]
+    outputs = [out.unflatten(2, (kv_heads, -1)) for out, _ in results]
+    return torch.cat(outputs, dim=3).flatten(2, 3), results[0][1]
 
 
 def _wide_window(
@@ -147,8 +184,8 @@ def _wide_window(
     cu_seqlens: Tensor | None,
     memory: Memory | None,
 ) -> tuple[Tensor, Memory]:
-    """The window by the flash kernel. Rotation is by position in the call, with angles formed in float64."""
-    if window is None and memory is not None:  # nothing forbids a memory whose slots hold something: the chunked form reads them
+    """The window by a library, over the memory's window rows and the new tokens."""
+    if window is None and memory is not None and refusal_of_slots(q, k, v, g) is not None:  # a memory may hold slots: read them there
         return chunked_attention(
             q,
             k,
@@ -164,19 +201,41 @@ def _wide_window(
         )
     sequence = extend_sequence(k, v, g, window=window, cu_seqlens=cu_seqlens, memory=memory)
     keys, held = sequence.keys, sequence.held
+    one_document = memory is None and cu_seqlens is None
     rotated_q, rotated_k = q, keys
     if rope is not None:
-        cos, sin = rope_tables(torch.arange(keys.shape[1], device=q.device), rope, rope_attention_factor, torch.float32)
-        rotated_q, rotated_k = rotate(q, cos[held:], sin[held:]).to(q.dtype), rotate(keys, cos, sin).to(q.dtype)
-    initial = _initial_slots(sequence, cu_seqlens, memory)
-    begin = torch.zeros(q.shape[0], dtype=torch.int64, device=q.device) if memory is None else held - memory.length.clamp(max=held)
-    bounds = sequence_bounds(q.shape[0], q.shape[1], held, begin, cu_seqlens)
-    options = MergedOptions(held, window, scale, empty_slots, choose_tiles(q, k, v, g, window or 0))
-    start = _document_starts(sequence, cu_seqlens, memory)
+        of_queries, of_rows = (None, None) if one_document else _positions(sequence, memory)
+        rotated_q = rotated_heads(q, of_queries, rope, rope_attention_factor)
+        rotated_k = rotated_heads(keys, of_rows, rope, rope_attention_factor)
+    bounds = None
+    if not one_document:
+        begin = torch.zeros(q.shape[0], dtype=torch.int64, device=q.device) if memory is None else held - memory.length.clamp(max=held)
+        bounds = sequence_bounds(q.shape[0], q.shape[1], held, begin, cu_seqlens)
+    # A full window that continues a memory reads the memory's slots, as a window does that nothing leaves.
+    slots = None if window is None and memory is None else sequence.window
+    options = MergedOptions(
+        held=held,
+        window=window,
+        slots=slots,
+        scale=scale,
+        empty_slots=empty_slots,
+        library=choose_library(window_call(q, window, one_document=one_document)).name,
+        tiles=None if slots is None else choose_tiles(q, k, v, g, slots),
+    )
+    initial = None if slots is None else _initial_slots(sequence, cu_seqlens, memory)
+    start = None if slots is None else _document_starts(sequence, cu_seqlens, memory)
     out, final = MergedAttention.apply(q, keys, sequence.values, sequence.log_gates, rotated_q, rotated_k, initial, start, bounds, options)
     if final is None:
         final = q.new_zeros(*g.shape[:1], *g.shape[2:], k.shape[3] + v.shape[3] + 1, dtype=torch.float32)
     return out, _memory_after(sequence, final, k.shape[3], window)
+
+
+def _positions(sequence: ExtendedSequence, memory: Memory | None) -> tuple[Tensor, Tensor]:
+    """Positions in their documents of the queries and of the extended rows, [B or 1, .]."""
+    if memory is None:
+        return sequence.position, sequence.position
+    rows = memory.length[:, None] - sequence.held + torch.arange(sequence.held, device=memory.length.device)
+    return sequence.position, torch.cat([rows, sequence.position.expand(rows.shape[0], -1)], dim=1)
 
 
 def _initial_slots(sequence: ExtendedSequence, cu_seqlens: Tensor | None, memory: Memory | None) -> Tensor | None:

@@ -7,16 +7,21 @@ were not run there, are refused with the reason. Needs no triton to be imported.
 
 import importlib.util
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 
 import torch
 from torch import Tensor
 
-from .full_attention import full_attention_kernel
+from ..memory import Memory
+from .libraries import choose_library, window_call
 from .problem import Tiles
 
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
 _CHECKED_CAPABILITIES = {(9, 0)}  # the kernels compile for 8.0 and 10.0 too, but have not run there
-WIDEST_FUSED_WINDOW = 512  # wider windows attend through PyTorch's flash kernel (merged_attention.py)
+WIDEST_FUSED_WINDOW = 512  # wider windows attend through a library's flash kernel (libraries.py, merged_attention.py)
+_run_unchecked: ContextVar[bool] = ContextVar("run sizes that were not checked", default=False)
 
 FORWARD_SLAB, BACKWARD_SLAB = 16384, 4096  # tokens whose slots are in device memory at the same time
 
@@ -26,7 +31,8 @@ def choose_tiles(q: Tensor, k: Tensor, v: Tensor, g: Tensor, window: int) -> Til
     exact = q.dtype == torch.float32
     wide = max(q.shape[3], v.shape[3]) > 128
     most = 16 if exact else 32 if wide else 64
-    rows = 16 * (1 << (q.shape[2] // k.shape[2] - 1).bit_length())
+    group = min(q.shape[2] // k.shape[2], largest_group(q, v))  # larger ones run in parts
+    rows = 16 * (1 << (group - 1).bit_length())
     # 8 warps for no less than 128 rows: Triton 3.6 reads outside of shared memory for products [64, .] @ [., 16] by 8 warps.
     warps = 8 if rows > 64 else 4
     # The faster choice for the usual shape; the others were checked with the slower one only.
@@ -54,8 +60,18 @@ def choose_tiles(q: Tensor, k: Tensor, v: Tensor, g: Tensor, window: int) -> Til
     )
 
 
-def refusal_of_device(x: Tensor) -> str | None:
-    """Why no kernel of this package runs where `x` is; None if they do."""
+@contextmanager
+def run_unchecked_sizes() -> Iterator[None]:
+    """Inside, sizes that are refused only because they were not checked run: for the check itself (kernels/benchmarks/check.py)."""
+    token = _run_unchecked.set(True)
+    try:
+        yield
+    finally:
+        _run_unchecked.reset(token)
+
+
+def refusal_of_device(x: Tensor, *, any_capability: bool = False) -> str | None:
+    """Why no kernel of this package runs where `x` is; None if they do. `any_capability`: from 8.0 on, for calls without slots."""
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"
     if not _HAS_TRITON:
         return "the package triton is not installed"
@@ -63,6 +79,10 @@ def refusal_of_device(x: Tensor) -> str | None:
         return f"the kernels run on CUDA devices, the tensors are on {x.device.type}"
     if x.device.type == "cuda" and torch.cuda.get_device_capability(x.device) not in _CHECKED_CAPABILITIES:
         capability = "{}.{}".format(*torch.cuda.get_device_capability(x.device))
+        if any_capability and torch.cuda.get_device_capability(x.device) >= (8, 0):
+            return None
+        if any_capability:
+            return f"flash attention runs on compute capability 8.0 and newer, this device has {capability}"
         return f"the kernels have been checked on compute capability 9.0 only, this device has {capability}"
     return None
 
@@ -76,8 +96,23 @@ def refusal_of_sizes(dims: tuple[int, int], slots: int) -> str | None:
     return None
 
 
+def largest_group(q: Tensor, v: Tensor) -> int:
+    """Query heads of a KV head that the kernels take at a time; larger tiles exceed shared memory. More run in parts."""
+    return 4 if q.dtype == torch.float32 or max(q.shape[3], v.shape[3]) > 128 else 8
+
+
 def refusal(q: Tensor, k: Tensor, v: Tensor, g: Tensor, window: int | None) -> str | None:
     """Why the kernels do not serve a call; None if they do."""
+    if window is None:
+        return _refusal_of_full(q, v)
+    reason = refusal_of_slots(q, k, v, g)
+    if reason is None and window > WIDEST_FUSED_WINDOW:
+        reason = _refusal_of_flash(q, v)
+    return reason
+
+
+def refusal_of_slots(q: Tensor, k: Tensor, v: Tensor, g: Tensor) -> str | None:
+    """Why our kernels do not read and write the slots of a call; None if they do."""
     dims, slots, group = (q.shape[3], v.shape[3]), g.shape[3], q.shape[2] // k.shape[2]
     reason = refusal_of_device(q)
     if reason is not None:
@@ -87,35 +122,58 @@ def refusal(q: Tensor, k: Tensor, v: Tensor, g: Tensor, window: int | None) -> s
     reason = refusal_of_sizes(dims, slots)
     if reason is not None:
         return reason
-    exact = q.dtype == torch.float32
-    if exact and max(dims) > 128:
+    if q.dtype == torch.float32 and max(dims) > 128:
         return f"in float32 K and V are at most 128, given {dims}: larger tiles exceed shared memory"
+    if _run_unchecked.get():
+        return None
     if max(dims) > 128 and group < 3:
-        return f"K and V of 256 have been checked with 3 and 4 query heads to a KV head, given {group}"
+        return f"K and V of 256 have been checked with 3 and more query heads to a KV head, given {group}"
     if q.dtype == torch.bfloat16 and dims == (128, 128) and slots == 32 and group < 3:
         return f"32 slots have been checked with 3 or more query heads to a KV head, given {group}"
-    most = 4 if exact or max(dims) > 128 else 8
-    if group > most:
-        return (
-            f"at most {most} query heads share a KV head with K, V = {dims} in {q.dtype}, given {group}: larger tiles exceed shared memory"
-        )
-    if window is None or window > WIDEST_FUSED_WINDOW:
-        if exact:
-            return f"windows wider than {WIDEST_FUSED_WINDOW} tokens go through flash attention, which does not take float32"
-        if dims[0] != dims[1]:
-            return f"windows wider than {WIDEST_FUSED_WINDOW} tokens go through flash attention, which needs K = V, given {dims}"
     return None
 
 
-def explain_dispatch(q: Tensor, k: Tensor, v: Tensor, g: Tensor, *, window: int | None) -> str:
-    """What `nha_attention(q, k, v, g, window=window, backend="auto")` runs, and why: one line."""
+def _refusal_of_full(q: Tensor, v: Tensor) -> str | None:
+    """Full windows without a memory run no slot kernel, so any device serves that the libraries serve."""
+    reason = refusal_of_device(q, any_capability=True)
+    return _refusal_of_flash(q, v) if reason is None else reason
+
+
+def _refusal_of_flash(q: Tensor, v: Tensor) -> str | None:
+    dims = (q.shape[3], v.shape[3])
+    wide = f"full windows and those wider than {WIDEST_FUSED_WINDOW} tokens go through flash attention, which"
+    if q.dtype not in (torch.bfloat16, torch.float16):
+        return f"{wide} takes bfloat16 and float16, not {q.dtype}"
+    if dims[0] != dims[1] or dims[0] % 8 or dims[0] > 256:
+        return f"{wide} needs K = V, a multiple of 8 up to 256, given {dims}"
+    return None
+
+
+def explain_dispatch(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    *,
+    window: int | None,
+    cu_seqlens: Tensor | None = None,
+    memory: Memory | None = None,
+) -> str:
+    """What `nha_attention(q, k, v, g, window=window, cu_seqlens=..., memory=..., backend="auto")` runs, and why: one line."""
     reason = refusal(q, k, v, g, window)
     if reason is not None:
         return f"torch: {reason}"
-    if window is None:
-        kernels = {"cudnn": "cuDNN's attention, with documents PyTorch's flash kernel", "flash": "PyTorch's flash kernel"}
-        return f"triton: {kernels[full_attention_kernel(q, v, one_document=True)]}; slots are never written"
-    tiles = choose_tiles(q, k, v, g, window)
-    if window > WIDEST_FUSED_WINDOW:
-        return f"triton: window by PyTorch's flash kernel, slots fused, {tiles}"
-    return f"triton: fused, {tiles}"
+    if window is None and memory is not None:
+        reason = refusal_of_slots(q, k, v, g)
+        if reason is not None:
+            return f"torch: the slots of the memory are read by kernels that do not serve the call: {reason}"
+    library = ""
+    if window is None or window > WIDEST_FUSED_WINDOW:
+        choice = choose_library(window_call(q, window, one_document=cu_seqlens is None and memory is None))
+        library = f"window by {choice.name} ({choice.reason})"
+    if window is None and memory is None:
+        return f"triton: {library}; slots are never written"
+    group, most = q.shape[2] // k.shape[2], largest_group(q, v)
+    parts = f", {-(-group // most)} parts of the {group} query heads to a KV head" if group > most else ""
+    tiles = choose_tiles(q, k, v, g, 0 if window is None else window)
+    return f"triton: {library}, slots fused{parts}, {tiles}" if library else f"triton: fused{parts}, {tiles}"

@@ -9,9 +9,10 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .backward_slots import backward_slots
-from .flash import Bounds, flash_backward, flash_forward
+from .flash import Bounds, WindowOutput
 from .forward import forward
-from .full_attention import cudnn_backward, cudnn_forward, full_attention_kernel
+from .libraries import load_library
+from .merge import merge_into
 from .problem import Problem, Tiles
 from .states import SegmentStarts, segment_starts
 
@@ -19,16 +20,18 @@ from .states import SegmentStarts, segment_starts
 @dataclass(frozen=True)
 class MergedOptions:
     held: int
-    window: int | None  # None: full attention, no slot is ever written
+    window: int | None  # None: every earlier token
+    slots: int | None  # the window that the slots go by, None where they hold nothing and nothing is written
     scale: float
     empty_slots: str
-    tiles: Tiles
+    library: str
+    tiles: Tiles | None  # None without slots
 
 
 class MergedAttention(torch.autograd.Function):
-    """Output [B, T, HQ, V] and, unless the window is full, the slots after the last token [B, H, M, K+V+1].
+    """Output [B, T, HQ, V] and, where slots are read, the slots after the last token [B, H, M, K+V+1].
 
-    `start` is None where one document fills every row of the batch."""
+    `bounds` is None where one document fills every row of the batch."""
 
     @staticmethod
     def forward(
@@ -41,34 +44,24 @@ class MergedAttention(torch.autograd.Function):
         rotated_k: Tensor,
         initial: Tensor | None,
         start: Tensor | None,
-        bounds: Bounds,
+        bounds: Bounds | None,
         options: MergedOptions,
     ) -> tuple[Tensor, Tensor | None]:
         q, k, v, g, rotated_q, rotated_k = (x.contiguous() for x in (q, k, v, g, rotated_q, rotated_k))
-        ctx.by_cudnn = options.window is None and full_attention_kernel(q, v, one_document=start is None) == "cudnn"
-        random_state: list[Tensor | None] = []
-        if ctx.by_cudnn:
-            window_out, window_lse, random_state = cudnn_forward(rotated_q, rotated_k, v, options.scale)
-        else:
-            window_out, window_lse = flash_forward(rotated_q, rotated_k, v, bounds, options.window, options.scale)
-        problem, starts, final = None, None, None
-        if options.window is None:
-            slot_out = None
-            empty = math.log(g.shape[3]) if options.empty_slots == "attend" else -math.inf
-            slot_lse = torch.full_like(window_lse, empty)
+        out, lse, more = load_library(options.library).forward(rotated_q, rotated_k, v, bounds, options.window, options.scale)
+        starts, final = None, None
+        if options.slots is None:
+            if options.empty_slots == "attend":  # M empty slots, logits and values 0
+                merge_into(out, lse, math.log(g.shape[3]))
+            q, k = q.new_empty(0), k.new_empty(0)  # the backward reads the rotated ones only
         else:
             problem = _problem(q, k, v, g, start, options)
             starts = segment_starts(problem, None if initial is None else initial.contiguous())
             slot_out, slot_lse, final = forward(problem, starts)
-        lse = torch.logaddexp(slot_lse, window_lse)
-        out = torch.exp(window_lse - lse)[..., None] * window_out
-        if slot_out is not None:
-            out = out + torch.exp(slot_lse - lse)[..., None] * slot_out
-        out = out.to(q.dtype).contiguous()
+            merge_into(out, lse, (slot_out, slot_lse))
         kept = (None, None) if starts is None else (starts.slots, starts.log_decay)
-        if options.window is None:  # the backward of full attention reads the rotated ones only
-            q, k = q.new_empty(0), k.new_empty(0)
-        ctx.save_for_backward(q, k, v, g, rotated_q, rotated_k, start, *bounds, out, lse, *kept, *random_state)
+        edges = (None, None) if bounds is None else bounds
+        ctx.save_for_backward(q, k, v, g, rotated_q, rotated_k, start, *edges, out, lse, *kept, *more)
         ctx.options = options
         ctx.chunks_per_segment = 0 if starts is None else starts.chunks_per_segment
         ctx.has_initial = initial is not None
@@ -78,15 +71,13 @@ class MergedAttention(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, d_out: Tensor | None, d_final: Tensor | None) -> tuple[Tensor | None, ...]:
-        q, k, v, g, rotated_q, rotated_k, start, queries, rows, out, lse, slots, log_decay, *random_state = ctx.saved_tensors
-        bounds = Bounds(queries, rows)
+        q, k, v, g, rotated_q, rotated_k, start, queries, rows, out, lse, slots, log_decay, *more = ctx.saved_tensors
+        bounds = None if queries is None else Bounds(queries, rows)
         options: MergedOptions = ctx.options
         d_out = torch.zeros_like(out) if d_out is None else d_out.contiguous()
-        if ctx.by_cudnn:
-            d_rotated = cudnn_backward(d_out, rotated_q, rotated_k, v, out, lse, random_state, options.scale)
-        else:
-            d_rotated = flash_backward(d_out, rotated_q, rotated_k, v, out, lse, bounds, options.window, options.scale)
-        if options.window is None:
+        result = WindowOutput(out, lse, tuple(more))
+        d_rotated = load_library(options.library).backward(d_out, rotated_q, rotated_k, v, result, bounds, options.window, options.scale)
+        if options.slots is None:
             return None, None, d_rotated[2], torch.zeros_like(g), d_rotated[0], d_rotated[1], None, None, None, None
         p = _problem(q, k, v, g, start, options)
         starts = SegmentStarts(slots, log_decay, ctx.chunks_per_segment)
@@ -97,7 +88,7 @@ class MergedAttention(torch.autograd.Function):
 
 
 def _problem(q: Tensor, k: Tensor, v: Tensor, g: Tensor, start: Tensor | None, options: MergedOptions) -> Problem:
-    assert options.window is not None
+    assert options.slots is not None and options.tiles is not None
     return Problem(
         q,
         k,
@@ -107,7 +98,7 @@ def _problem(q: Tensor, k: Tensor, v: Tensor, g: Tensor, start: Tensor | None, o
         cos=None,
         sin=None,
         held=options.held,
-        window=options.window,
+        window=options.slots,
         rotated_pairs=0,
         scale=options.scale,
         empty_slots=options.empty_slots,

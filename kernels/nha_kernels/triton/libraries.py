@@ -1,0 +1,169 @@
+"""Which library attends to a full or wide window: one static choice, from the device and what is installed. Needs no GPU and no triton.
+
+    cudnn         cuDNN's attention through PyTorch: full windows, one document in each row
+    torch-flash   the flash kernel that PyTorch comes with
+    flash-attn    the package flash-attn 2.x
+    flash-attn-4  the package flash-attn-4, for compute capability 9.0 and newer
+
+The fastest that was measured on a device comes first (kernels/benchmarks/README.md); one that was not measured there comes after all that
+were. Where nothing was measured, the packages come before PyTorch's own kernel.
+"""
+
+import functools
+import importlib
+import importlib.metadata
+import inspect
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from types import ModuleType
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+_Capability = tuple[int, int] | None
+
+# By compute capability: for full windows with one document in each row, and for everything else.
+_MEASURED: dict[_Capability, tuple[tuple[str, ...], tuple[str, ...]]] = {(9, 0): (("cudnn", "torch-flash"), ("torch-flash",))}
+_NEWEST_FIRST = ("flash-attn-4", "flash-attn", "torch-flash", "cudnn")
+_MODULES = {"cudnn": "cudnn", "torch-flash": "flash", "flash-attn": "flash_package", "flash-attn-4": "flash_cute"}
+_FLASH_ATTN_VERSIONS = ((2, 7, 0), (3, 0, 0))  # from, up to: the entry points of 2.6 and of 3 take other arguments
+_FLASH_ATTN_4_VERSIONS = ((4, 0, 0), (4, 1, 0))
+
+_preferred: ContextVar[str | None] = ContextVar("preferred attention library", default=None)
+
+
+class WindowCall(NamedTuple):
+    """What the choice depends on."""
+
+    dtype: torch.dtype
+    head_dim: int  # K = V
+    num_tokens: int
+    window: int | None
+    one_document: bool  # neither documents nor a memory: every row of the batch is one document
+    capability: _Capability  # None: no CUDA device (the interpreter of triton)
+
+
+class Choice(NamedTuple):
+    name: str
+    reason: str
+
+
+def window_call(q: Tensor, window: int | None, *, one_document: bool) -> WindowCall:
+    capability = torch.cuda.get_device_capability(q.device) if q.device.type == "cuda" else None
+    return WindowCall(q.dtype, q.shape[3], q.shape[1], window, one_document, capability)
+
+
+@contextmanager
+def prefer_library(name: str | None) -> Iterator[None]:
+    """Inside, calls take this library or fail with the reason: for the checks and benchmarks that compare libraries."""
+    if name is not None and name not in _MODULES:
+        raise ValueError(f"attention library {name!r}: allowed are {', '.join(map(repr, _MODULES))}")
+    token = _preferred.set(name)
+    try:
+        yield
+    finally:
+        _preferred.reset(token)
+
+
+def choose_library(call: WindowCall) -> Choice:
+    """The library of a call that dispatch lets pass, and why. PyTorch's flash kernel takes all of those."""
+    preferred = _preferred.get()
+    if preferred is not None:
+        reason = _REFUSALS[preferred](call)
+        if reason is not None:
+            raise ValueError(f"attention library {preferred!r} was asked for, but {reason}")
+        return Choice(preferred, "asked for")
+    measured = _MEASURED.get(call.capability, ((), ()))[0 if call.window is None and call.one_document else 1]
+    passed_over: list[str] = []
+    for name in (*measured, *(name for name in _NEWEST_FIRST if name not in measured)):
+        reason = _REFUSALS[name](call)
+        if reason is None:
+            why = "the fastest measured on this device" if name in measured else "none was measured on this device"
+            return Choice(name, "; ".join([why, *passed_over]))
+        passed_over.append(f"not {name}: {reason}")
+    raise AssertionError(passed_over)
+
+
+def load_library(name: str) -> ModuleType:
+    """A module with `forward` and `backward` as flash.py has them."""
+    return importlib.import_module(f".{_MODULES[name]}", __package__)
+
+
+def _refusal_of_cudnn(call: WindowCall) -> str | None:
+    if call.window is not None or not call.one_document:
+        return "it takes one document a row and no window here"
+    if call.capability is None or call.capability < (9, 0):
+        return "it was tried on compute capability 9.0 only"
+    if call.head_dim > 128:
+        return f"its backward takes heads of at most 128 channels, given {call.head_dim}"
+    if call.num_tokens < 2:
+        return "it takes no single token"
+    if not torch.backends.cudnn.is_available() or not torch.backends.cuda.cudnn_sdp_enabled():
+        return "PyTorch has it switched off"
+    if torch.are_deterministic_algorithms_enabled() and not torch.is_deterministic_algorithms_warn_only_enabled():
+        return "its backward is not deterministic"
+    return None
+
+
+def _refusal_of_torch_flash(call: WindowCall) -> str | None:
+    return None
+
+
+def _refusal_of_flash_attn(call: WindowCall) -> str | None:
+    if call.capability is None or call.capability < (8, 0):
+        return "it runs on compute capability 8.0 and newer"
+    return _refusal_of_package("flash-attn", _FLASH_ATTN_VERSIONS, "flash_attn.flash_attn_interface")
+
+
+def _refusal_of_flash_attn_4(call: WindowCall) -> str | None:
+    if call.capability is None or call.capability < (9, 0):
+        return "its backward runs on compute capability 9.0 and newer"
+    if call.capability >= (12, 0):
+        return "on compute capability 12 its backward is not deterministic when asked to be"
+    if call.head_dim > 128:
+        return f"it was tried with heads of at most 128 channels, given {call.head_dim}"
+    reason = _refusal_of_package("flash-attn-4", _FLASH_ATTN_4_VERSIONS, "flash_attn.cute.interface")
+    return reason or _missing_arguments_of_flash_attn_4()
+
+
+@functools.cache
+def _refusal_of_package(package: str, versions: tuple[tuple[int, ...], tuple[int, ...]], module: str) -> str | None:
+    try:
+        version = importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "it is not installed"
+    parts = re.match(r"(\d+)\.(\d+)(?:\.(\d+))?", version)
+    least, bound = versions
+    if parts is None or not least <= tuple(int(part or 0) for part in parts.groups()) < bound:
+        return f"version {version} is installed, supported are {_dotted(least)} and later before {_dotted(bound)}"
+    try:
+        importlib.import_module(module)
+    except (ImportError, OSError, RuntimeError) as error:  # built for another torch, a library missing
+        return f"version {version} cannot be imported: {type(error).__name__}: {str(error).splitlines()[0][:120] if str(error) else ''}"
+    return None
+
+
+@functools.cache
+def _missing_arguments_of_flash_attn_4() -> str | None:
+    adapter = load_library("flash-attn-4")
+    for function, wanted in (("_flash_attn_fwd", adapter.FORWARD_ARGUMENTS), ("_flash_attn_bwd", adapter.BACKWARD_ARGUMENTS)):
+        entry = getattr(adapter.interface, function, None)
+        missing = sorted(wanted - set(inspect.signature(entry).parameters)) if callable(entry) else ["the function"]
+        if missing:
+            return f"its {function} lacks {', '.join(missing)}"
+    return None
+
+
+def _dotted(version: tuple[int, ...]) -> str:
+    return ".".join(map(str, version))
+
+
+_REFUSALS: dict[str, Callable[[WindowCall], str | None]] = {
+    "cudnn": _refusal_of_cudnn,
+    "torch-flash": _refusal_of_torch_flash,
+    "flash-attn": _refusal_of_flash_attn,
+    "flash-attn-4": _refusal_of_flash_attn_4,
+}
