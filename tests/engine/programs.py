@@ -55,8 +55,14 @@ def make_engine(config: RunConfig) -> MegatronEngine:
     return MegatronEngine(config, device, create_layout(config, device))
 
 
-def micro_batches(config: RunConfig, layout: Layout, step: int, *, masks: str = "full", documents: bool = False) -> list[Batch]:
-    """This rank's part of global batch `step`. `masks="uneven"`: very different counts per row, and a row's last quarter without any."""
+def micro_batches(
+    config: RunConfig, layout: Layout, step: int, *, masks: str = "full", documents: bool | tuple[int, ...] = False
+) -> list[Batch]:
+    """This rank's part of global batch `step`.
+
+    masks: `uneven` for very different counts per row, and a row's last quarter without any. documents: boundaries in the first row of
+    every micro batch, beside the rows' edges; True: one early, one in the middle of a window.
+    """
     rows, length, micro = config.training.global_batch_size, config.data.sequence_length, config.training.micro_batch_size
     generator = torch.Generator().manual_seed(1000 + step)
     tokens = torch.randint(0, config.model.vocab_size, (rows, length + 1), generator=generator)
@@ -68,8 +74,8 @@ def micro_batches(config: RunConfig, layout: Layout, step: int, *, masks: str = 
     shard = slice(layout.cp_rank * length // layout.cp_size, (layout.cp_rank + 1) * length // layout.cp_size)
     cu_seqlens = None
     if documents:
-        # Boundaries in the first row only: one early, one in the middle of a window, then the rows' edges.
-        cu_seqlens = torch.tensor([0, 5, 29, *range(length, micro * length + 1, length)], dtype=torch.int32)
+        inner = (5, 29) if documents is True else documents
+        cu_seqlens = torch.tensor([0, *inner, *range(length, micro * length + 1, length)], dtype=torch.int32)
     batches = []
     for start in range(0, rows, micro * layout.dp_size):
         own = slice(start + layout.dp_rank * micro, start + (layout.dp_rank + 1) * micro)

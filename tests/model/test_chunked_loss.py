@@ -170,3 +170,33 @@ def losses_of_model(tied: bool) -> tuple[float, float]:
 def test_the_model_gives_the_loss_of_its_logits(ranks: RankPool, tied: bool) -> None:
     ((loss, wanted),) = ranks.run(1, losses_of_model, tied=tied)
     assert loss == pytest.approx(wanted, rel=1e-6)  # fp32 sums over 100 columns
+
+
+def memory_of_a_long_sequence(tokens: int, hidden: int, vocabulary: int) -> tuple[int, int]:
+    """Bytes at the fullest moment of loss and backward beyond the inputs, and bytes of the gradients that they leave or accumulate."""
+    device = torch.device("cuda", torch.cuda.current_device())
+    groups = create_layout(tiny_config(training={"device": "cuda"}), device).groups
+    states = torch.randn(tokens, 1, hidden, device=device, dtype=torch.bfloat16, requires_grad=True)
+    weight = (0.02 * torch.randn(vocabulary, hidden, device=device)).bfloat16().requires_grad_()
+    labels = torch.randint(0, vocabulary, (1, tokens), device=device)
+    mask = torch.ones(1, tokens, device=device)
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    chunk = logit_chunk_tokens(vocabulary)
+    loss = linear_cross_entropy(
+        states, weight, labels, mask, vocab_size=vocabulary, chunk_tokens=chunk, tp_group=groups.tp, sequence_parallel=False
+    )
+    loss.backward()
+    assert loss.isfinite() and states.grad is not None and weight.grad is not None
+    return torch.cuda.max_memory_allocated(device) - before, states.numel() * 2 + weight.numel() * 4
+
+
+@pytest.mark.gpu
+def test_logits_of_a_128k_sequence_never_exist(ranks: RankPool) -> None:
+    """131,072 tokens, hidden size 2048, a vocabulary of 128,256, bf16: all logits would be 67 GB in fp32, 34 GB in bf16."""
+    tokens, vocabulary = 131072, 128256
+    ((peak, gradients),) = ranks.run(1, memory_of_a_long_sequence, backend="nccl", tokens=tokens, hidden=2048, vocabulary=vocabulary)
+    # Beyond the gradients: a chunk's logits in fp32 (0.26 GB) and twice in bf16, and one product of the weight's shape in bf16 (0.53 GB).
+    assert gradients == pytest.approx(1.59e9, rel=0.01)
+    assert peak < gradients + 4 * LOGITS_BYTES + 2 * vocabulary * 2048 < 3.3e9
+    assert peak < 0.05 * 4 * tokens * vocabulary
