@@ -3,35 +3,39 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
 
 from nha_megatron.checkpoint.files import CheckpointError, reason_of
 
+_T = TypeVar("_T")
 
-def on_rank_zero(failure: str, action: Callable[[], Any]) -> None:
-    """Runs `action` on rank 0; all ranks return when it is done, or raise `CheckpointError` with `failure` and the reason.
 
-    What is not an OSError is raised as it is on rank 0.
+def on_rank_zero(failure: str, action: Callable[[], _T]) -> _T:
+    """Runs `action` on rank 0; all ranks return what it returned, or raise `CheckpointError` with `failure` and the reason.
+
+    What is not an OSError is raised as it is on rank 0. The result is pickled: plain data.
     """
-    outcome: list[str | None] = [None]
+    outcome: list[Any] = [None, None]
     unexpected: Exception | None = None
     if dist.get_rank() == 0:
         try:
-            action()
+            outcome[1] = action()
         except CheckpointError as error:
-            outcome = [str(error)]
+            outcome[0] = str(error)
         except OSError as error:
-            outcome = [f"{failure}: {reason_of(error)}"]
+            outcome[0] = f"{failure}: {reason_of(error)}"
         except Exception as error:  # the others must not wait for a rank that has left
-            outcome, unexpected = [f"{failure}: {type(error).__name__}: {error}"], error
+            outcome[0], unexpected = f"{failure}: {type(error).__name__}: {error}", error
     dist.broadcast_object_list(outcome, src=0)
+    problem, result = outcome
     if unexpected is not None:
         raise unexpected
-    if outcome[0] is not None:
-        raise CheckpointError(outcome[0])
+    if problem is not None:
+        raise CheckpointError(problem)
+    return cast(_T, result)
 
 
 def from_rank_zero(value: Any) -> Any:

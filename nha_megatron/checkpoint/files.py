@@ -100,12 +100,12 @@ def publish(partial: Path, final: Path) -> None:
     A folder that already has the name is replaced: it is one that could not be loaded, for otherwise the run would have
     continued from it.
     """
-    sync_directory(partial)
+    sync(partial)
     replaced = final.with_name(f".{final.name}.replaced")
     if final.exists():
         final.rename(replaced)
     partial.rename(final)
-    sync_directory(final.parent)
+    sync(final.parent)
     if replaced.exists():
         shutil.rmtree(replaced)
 
@@ -136,11 +136,11 @@ def write_atomically(path: Path, text: str) -> None:
         file.flush()
         os.fsync(file.fileno())
     aside.replace(path)
-    sync_directory(path.parent)
+    sync(path.parent)
 
 
-def sync_directory(path: Path) -> None:
-    """Makes the names in a folder durable (POSIX: fsync of a file does not cover its name)."""
+def sync(path: Path) -> None:
+    """Makes the content of a file durable, or the names in a folder (POSIX: fsync of a file does not cover its name)."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -46,7 +46,7 @@ def find_newest(root: Path, report: Callable[[str], None]) -> Path | None:
         directory = step_directory(root, step)
         try:
             verify(directory, dist.group.WORLD)
-            on_rank_zero(f"checkpoint {directory} cannot be read", partial(require_plain_data, directory))
+            on_rank_zero(f"checkpoint {directory} cannot be read", partial(_require_safe, directory))
             return directory
         except CheckpointError as error:
             report(f"skipped: {error}")
@@ -61,11 +61,10 @@ def load_checkpoint(directory: Path, engine: Engine, config: dict[str, Any], dat
 
     Raises `CheckpointError` when the checkpoint belongs to another model, data order or data than these, or does not fit.
     """
-    manifest = read_manifest(directory)
+    manifest = on_rank_zero(f"checkpoint {directory} cannot be read", partial(_require_safe, directory))
     require_same_run(directory, manifest.config, config, manifest.step)
     if data is not None and manifest.data is not None:
         require_same_data(directory, manifest, data)
-    require_plain_data(directory)
     state = engine.sharded_state_dict(is_loading=True)
     state["rng_state"] = rng_for_loading(manifest.world_size, engine.device)
     try:
@@ -76,6 +75,12 @@ def load_checkpoint(directory: Path, engine: Engine, config: dict[str, Any], dat
     except _MISFITS as error:
         raise CheckpointError(f"checkpoint {directory} does not fit this model: {_reason(error)}") from error
     return Progress(manifest.step, manifest.tokens, manifest.guards or {})
+
+
+def _require_safe(directory: Path) -> Manifest:
+    manifest = read_manifest(directory)
+    require_plain_data(directory)
+    return manifest
 
 
 def load_weights(directory: Path, engine: Engine) -> None:

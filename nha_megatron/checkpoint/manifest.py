@@ -6,9 +6,7 @@ resolved configuration and the versions that wrote it. It is the last file writt
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
 import platform
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
@@ -21,6 +19,7 @@ import torch.distributed as dist
 
 import nha_megatron
 from nha_megatron.checkpoint.files import MANIFEST, PUBLISHED, CheckpointError, write_atomically
+from nha_megatron.data.checksum import file_sha256
 
 FORMAT = "nha_megatron/torch_dist"
 FORMAT_VERSION = 1
@@ -138,14 +137,6 @@ def _problem(path: Path, name: str, expected: FileEntry) -> str | None:
     except OSError as error:  # a bad sector, say
         return f"{name} cannot be read: {error.strerror}"
     return None
-
-
-def file_sha256(path: Path, sync: bool = False) -> str:
-    """Checksum of a file's content in hexadecimal; with `sync`, the content is made durable before."""
-    with path.open("rb") as file:
-        if sync:
-            os.fsync(file.fileno())
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def versions() -> dict[str, str]:

@@ -30,11 +30,13 @@ from nha_megatron.checkpoint.files import (
     reason_of,
     retain,
     step_directory,
+    sync,
     write_latest,
 )
-from nha_megatron.checkpoint.manifest import FileEntry, Manifest, file_sha256, versions, write_manifest
+from nha_megatron.checkpoint.manifest import FileEntry, Manifest, versions, write_manifest
 from nha_megatron.checkpoint.shards import ShardWriter, Written
 from nha_megatron.checkpoint.state import Progress, rng_for_saving
+from nha_megatron.data.checksum import file_sha256
 from nha_megatron.engine.base import Engine
 
 
@@ -108,7 +110,8 @@ class PendingSave:
         files = {name: entry for share in shares for name, entry in share.files.items()}
         for path in self._partial.iterdir():
             if path.name not in files:
-                files[path.name] = FileEntry(path.stat().st_size, file_sha256(path, sync=True))
+                sync(path)
+                files[path.name] = FileEntry(path.stat().st_size, file_sha256(path))
         write_manifest(self._partial, self._manifest(files))
 
     def _manifest(self, files: dict[str, FileEntry]) -> Manifest:

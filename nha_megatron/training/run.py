@@ -32,7 +32,7 @@ from nha_megatron.checkpoint.collective import on_rank_zero
 from nha_megatron.checkpoint.files import published_steps, step_directory, step_of, write_atomically
 from nha_megatron.config import RunConfig, save_resolved
 from nha_megatron.config.deepspeed import zero_settings
-from nha_megatron.config.stage_plan import Stage, plan_phases
+from nha_megatron.config.stage_plan import plan_phases
 from nha_megatron.data.identity import data_identity
 from nha_megatron.data.verify import CheckedFile
 from nha_megatron.engine.base import Engine
@@ -61,6 +61,9 @@ def pretrain(config: RunConfig) -> signal.Signals | None:
     say = print if layout.rank == 0 else _ignore
     config.check_world(layout.world_size)
     files = check_data(config, layout, say)  # first: what is wrong on one node alone is heard of on all ranks
+    identity = data_identity(config)
+    prepared = False
+    stopped_by = None
     with StageData(config) as data:
         checkpoint = newest_checkpoint(config, say)
         step = 0 if checkpoint is None else step_of(checkpoint)
@@ -68,7 +71,18 @@ def pretrain(config: RunConfig) -> signal.Signals | None:
             phase = next((phase for phase in phases if step < phase[-1].last_step), phases[-1])
             if phase is not phases[0]:
                 layout = create_layout(phase[0].config, layout.device)
-            step, stopped_by = run_phase(config, phase, layout, data, files, checkpoint, say)
+            engine, progress = begin_phase(config, phase[0].config, layout, checkpoint, identity, say)
+            if progress.step >= config.training.steps:
+                say(f"the run is complete: step {progress.step} of {config.training.steps}. Raise training.steps to train further")
+            else:
+                if not prepared:  # not before: a start that is refused changes nothing
+                    failure = f"logging.directory {config.logging.directory} cannot be used"
+                    on_rank_zero(failure, lambda: prepare_folder(config, files))
+                    prepared = True
+                stopped_by = run(config, engine, layout, data, identity, progress, phase[-1].last_step, say)
+            engine.close()
+            del engine
+            step = progress.step
             if stopped_by or step >= config.training.steps:
                 break
             checkpoint = step_directory(config.checkpoint_directory, step)
@@ -81,20 +95,10 @@ def pretrain(config: RunConfig) -> signal.Signals | None:
     return stopped_by
 
 
-def run_phase(
-    config: RunConfig,
-    phase: tuple[Stage, ...],
-    layout: Layout,
-    data: StageData,
-    files: list[CheckedFile],
-    checkpoint: Path | None,
-    say: Callable[[str], None],
-) -> tuple[int, signal.Signals | None]:
-    """Builds the model, continues from `checkpoint` or starts anew, and trains to the end of the last stage of `phase`.
-
-    Returns the step that the run has come to, and the signal that ended it early, if one did; both saved.
-    """
-    built = phase[0].config
+def begin_phase(
+    config: RunConfig, built: RunConfig, layout: Layout, checkpoint: Path | None, identity: dict[str, Any], say: Callable[[str], None]
+) -> tuple[Engine, Progress]:
+    """Builds the model as `built`, the configuration of the phase's first stage, and continues from `checkpoint` or starts anew."""
     engine = create_engine(built, layout.device, layout)
     say(f"{layout.describe()} on {layout.device.type}, {config.model.num_parameters():,} parameters")
     zero = zero_settings(config.training)
@@ -103,16 +107,7 @@ def run_phase(
     if built.full_layer_exchange is not None:
         exchange, reason = built.full_layer_exchange
         say(f"full-attention layers over {layout.cp_size} context ranks: {exchange}, because {reason}")
-    identity = data_identity(config)
-    progress = start(config, engine, checkpoint, identity, say)
-    if progress.step >= config.training.steps:
-        say(f"the run is complete: step {progress.step} of {config.training.steps}. Raise training.steps to train further")
-        engine.close()
-        return progress.step, None
-    on_rank_zero(f"logging.directory {config.logging.directory} cannot be used", lambda: prepare_folder(config, files))
-    stopped_by = run(config, engine, layout, data, identity, progress, phase[-1].last_step, say)
-    engine.close()
-    return progress.step, stopped_by
+    return engine, start(config, engine, checkpoint, identity, say)
 
 
 def newest_checkpoint(config: RunConfig, say: Callable[[str], None]) -> Path | None:

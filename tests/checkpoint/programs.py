@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import itertools
 import os
 import resource
 import signal
@@ -20,6 +21,7 @@ from megatron.core.dist_checkpointing import ShardedTensor
 from megatron.core.dist_checkpointing.core import CheckpointingException
 
 from nha_megatron.checkpoint import CheckpointError, Progress, find_newest, load_checkpoint, save_checkpoint
+from nha_megatron.checkpoint import load as load_module
 from nha_megatron.checkpoint import manifest as manifest_module
 from nha_megatron.checkpoint import saver as saver_module
 from nha_megatron.checkpoint import shards as shards_module
@@ -225,6 +227,22 @@ def find_where_one_rank_cannot_read(root: str, name: str) -> tuple[list[str], st
 
     with mock.patch.object(manifest_module, "read_manifest", read_manifest):
         return find(root)
+
+
+def resume_where_a_rank_cannot_read(plain: dict[str, Any], rank: int) -> tuple[list[str], str | int | None]:
+    """As `resume`; on `rank` the newest manifest cannot be read any more when it comes to loading."""
+    if dist.get_rank() != rank:
+        return resume(plain)
+    stale = OSError(errno.ESTALE, os.strerror(errno.ESTALE), "manifest.json")
+    calls = itertools.count()
+
+    def read_manifest(directory: Path) -> manifest_module.Manifest:
+        if next(calls) == (1 if rank == 0 else 0):  # rank 0 has looked at it before, to find it
+            raise stale
+        return manifest_module.read_manifest(directory)
+
+    with mock.patch.object(load_module, "read_manifest", read_manifest):
+        return resume(plain)
 
 
 def resume(plain: dict[str, Any]) -> tuple[list[str], str | int | None]:

@@ -11,7 +11,7 @@ import torch
 
 from nha_megatron.checkpoint import load_weights_full, read_manifest
 from nha_megatron.config import parse_config
-from tests.checkpoint.programs import find_where_one_rank_cannot_read
+from tests.checkpoint.programs import find_where_one_rank_cannot_read, resume_where_a_rank_cannot_read
 from tests.distributed import RankPool
 from tests.training import small_run
 
@@ -55,6 +55,13 @@ def test_what_one_rank_cannot_read_no_rank_takes(ranks: RankPool, folder: Path) 
     root = folder / "run" / "checkpoints"
     reports, newest = [f"skipped: checkpoint {root}/step_4: manifest.json cannot be read: Stale file handle"], str(root / "step_2")
     assert ranks.run(2, find_where_one_rank_cannot_read, root=str(root), name="step_4") == [(reports, newest)] * 2
+
+
+def test_one_rank_reads_the_manifest_for_all(ranks: RankPool, folder: Path) -> None:
+    plain = small_run.settings(folder)
+    assert ranks.run(2, resume_where_a_rank_cannot_read, plain=plain, rank=1) == [([], 4)] * 2
+    message = f"checkpoint {folder}/run/checkpoints/step_4 cannot be read: Stale file handle: manifest.json"
+    assert ranks.run(2, resume_where_a_rank_cannot_read, plain=plain, rank=0) == [([], message)] * 2
 
 
 def test_leftovers_go_and_old_checkpoints_too(ranks: RankPool, folder: Path) -> None:

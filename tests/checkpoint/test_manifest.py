@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 from nha_megatron.checkpoint import CheckpointError, Manifest, read_manifest, verify
-from nha_megatron.checkpoint.manifest import FileEntry, file_sha256, write_manifest
+from nha_megatron.checkpoint.manifest import FileEntry, write_manifest
+from nha_megatron.data.checksum import file_sha256
 
 
 @pytest.fixture

@@ -12,8 +12,9 @@ import pytest
 import torch
 
 from nha_megatron.checkpoint import CheckpointError, load_weights_full, read_manifest
-from nha_megatron.checkpoint.manifest import FileEntry, file_sha256, write_manifest
+from nha_megatron.checkpoint.manifest import FileEntry, write_manifest
 from nha_megatron.checkpoint.safety import read_metadata, require_plain_data
+from nha_megatron.data.checksum import file_sha256
 
 
 class Payload:
