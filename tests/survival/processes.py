@@ -22,7 +22,7 @@ from multiprocessing import connection
 from pathlib import Path
 from typing import Any
 
-from tests.distributed import _run_task
+from tests.distributed import _run_task, poison_uninitialised_memory
 
 PATIENCE_S = 240.0
 _CREATES = os.O_WRONLY | os.O_RDWR | os.O_CREAT
@@ -55,7 +55,8 @@ def run(plain: dict[str, Any], world: int, kill: Kill | None = None) -> bool:
 
     Raises AssertionError when a rank ends in another way, or nothing ends in time.
     """
-    context: Any = multiprocessing.get_context("forkserver")
+    # A CUDA context does not survive a fork.
+    context: Any = multiprocessing.get_context("spawn" if _on_cuda(plain) else "forkserver")
     with tempfile.TemporaryDirectory(prefix="survival_") as folder:
         store = os.path.join(folder, "store")
         processes = [context.Process(target=_rank, args=(plain, rank, world, store, kill)) for rank in range(world)]
@@ -101,8 +102,15 @@ def _rank(plain: dict[str, Any], rank: int, world: int, store: str, kill: Kill |
             sys.addaudithook(lambda event, arguments: strike() if _changes_files(event, arguments, root) else None)
         else:
             _before_every_tensor(strike)
-    message = _run_task("tests.training.small_run:pretrain_on_rank", {"plain": plain}, rank, world, store, "gloo", PATIENCE_S)
+    if _on_cuda(plain):
+        poison_uninitialised_memory()  # its deterministic mode is what is wanted: two runs are compared bit for bit
+    backend = "nccl" if _on_cuda(plain) else "gloo"
+    message = _run_task("tests.training.small_run:pretrain_on_rank", {"plain": plain}, rank, world, store, backend, PATIENCE_S)
     assert message is None, message
+
+
+def _on_cuda(plain: dict[str, Any]) -> bool:
+    return bool(plain["training"]["device"] == "cuda")
 
 
 def _countdown(count: int) -> Callable[[], None]:

@@ -30,10 +30,10 @@ ENGINES: dict[str, dict[str, Any]] = {
 LAYOUTS: dict[str, dict[str, Any]] = {"dp2": {}, "tp2": {"tensor": 2}, "cp2": {"context": 2}, "pp2": {"pipeline": 2}}
 
 
-def settings(folder: Path, engine: str, layout: str, asynchronous: bool, name: str, steps: int) -> dict[str, Any]:
+def settings(folder: Path, engine: str, layout: str, asynchronous: bool, name: str, steps: int, **training: Any) -> dict[str, Any]:
     return small_run.settings(
         folder,
-        training={"steps": steps, **ENGINES[engine]},
+        training={"steps": steps, **ENGINES[engine], **training},
         parallel=LAYOUTS[layout],
         optimizer={"schedule": "constant"},  # so that the curve does not depend on the number of steps
         checkpoint={"every": 1, "keep": 2, "asynchronous": asynchronous},
@@ -41,21 +41,21 @@ def settings(folder: Path, engine: str, layout: str, asynchronous: bool, name: s
     )
 
 
-def kill_and_resume(folder: Path, seed: int, kills: int, engine: str, layout: str) -> None:
+def kill_and_resume(folder: Path, seed: int, kills: int, engine: str, layout: str, **training: Any) -> None:
     """Starts one run again after every kill, then lets it finish; compares it with a run that nobody disturbs.
 
-    Starts differ in whether checkpoints are asynchronous, which must make no difference.
+    Starts differ in whether checkpoints are asynchronous, which must make no difference. `training`: more of that section.
     """
     small_run.write_corpus(folder)
     checkpoints = folder / "killed" / "checkpoints"
     for number, kill in enumerate(choose_kills(seed, kills, world=2)):
-        assert run(settings(folder, engine, layout, number % 2 == 0, "killed", steps=100_000), 2, kill), kill
+        assert run(settings(folder, engine, layout, number % 2 == 0, "killed", steps=100_000, **training), 2, kill), kill
         for step in published_steps(checkpoints):
             assert verify(checkpoints / f"step_{step}").step == step, kill
 
     steps = max(published_steps(checkpoints), default=0) + 2
-    run(settings(folder, engine, layout, True, "killed", steps), 2)
-    run(settings(folder, engine, layout, False, "whole", steps), 2)
+    run(settings(folder, engine, layout, True, "killed", steps, **training), 2)
+    run(settings(folder, engine, layout, False, "whole", steps, **training), 2)
     killed, whole = (small_run.metrics(folder, name) for name in ("killed", "whole"))
     assert [record["step"] for record in killed] == list(range(1, steps + 1))
     for key in ("loss", "grad_norm", "lr", "tokens"):
@@ -84,18 +84,23 @@ def test_three_kills_under_zero(ranks: RankPool, tmp_path: Path, seed: int, engi
 @pytest.mark.slow
 @pytest.mark.parametrize("engine", ["megatron", pytest.param("zero1", marks=needs_deepspeed)])
 def test_torchrun_starts_the_ranks_again_after_each_of_three_kills(ranks: RankPool, tmp_path: Path, engine: str) -> None:
-    small_run.write_corpus(tmp_path)
-    chance = random.Random(3)
-    plain = settings(tmp_path, engine, "dp2", asynchronous=True, name="killed", steps=40)
-    (tmp_path / "run.yaml").write_text(yaml.safe_dump(plain))
-    checkpoints = tmp_path / "killed" / "checkpoints"
-    with running(tmp_path, "torchrun.sh", "run.yaml", MAX_RESTARTS="3") as job:
-        for start in range(3):
-            said = "world 2 = "  # by every start, when its engine is built
-            wait_for(lambda: (tmp_path / "log").read_text().count(said) > start, tmp_path)  # noqa: B023
-            wait_for(lambda: list(checkpoints.glob(".step_*.partial")), tmp_path)
-            time.sleep(chance.uniform(0, 0.2))
-            ranks_of(job)[chance.randrange(2)].kill()
-        assert job.wait(PATIENCE_S) == 0, (tmp_path / "log").read_text()
+    kill_under_torchrun(tmp_path, engine, steps=40)
     run(settings(tmp_path, engine, "dp2", asynchronous=False, name="whole", steps=40), 2)
     assert small_run.losses(tmp_path, "killed") == small_run.losses(tmp_path, "whole")
+
+
+def kill_under_torchrun(folder: Path, engine: str, steps: int, kills: int = 3, **training: Any) -> None:
+    """One launch of launch/torchrun.sh, whose ranks are killed while a checkpoint is being written, and which finishes all the same."""
+    small_run.write_corpus(folder)
+    chance = random.Random(3)
+    plain = settings(folder, engine, "dp2", asynchronous=True, name="killed", steps=steps, **training)
+    (folder / "run.yaml").write_text(yaml.safe_dump(plain))
+    checkpoints = folder / "killed" / "checkpoints"
+    with running(folder, "torchrun.sh", "run.yaml", MAX_RESTARTS=str(kills)) as job:
+        for start in range(kills):
+            said = "world 2 = "  # by every start, when its engine is built
+            wait_for(lambda: (folder / "log").read_text().count(said) > start, folder)  # noqa: B023
+            wait_for(lambda: list(checkpoints.glob(".step_*.partial")), folder)
+            time.sleep(chance.uniform(0, 0.2))
+            ranks_of(job)[chance.randrange(2)].kill()
+        assert job.wait(PATIENCE_S) == 0, (folder / "log").read_text()
