@@ -43,8 +43,10 @@ def import_deepspeed(device: torch.device) -> Any:
     name = get_accelerator().device_name()
     if name != device.type:
         raise ConfigError(f"DeepSpeed was set up for {name} in this process, the run is on {device.type}; start a process of its own")
-    # Otherwise the first start on a CPU compiles, for a minute, an operator that only inference uses.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    if device.type == "cpu":
+        # Otherwise the first start compiles, for a minute, an operator that only inference uses. Asking for this table runs compilers
+        # and queries GPUs, so elsewhere it is not asked for.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     logger = logging.getLogger("DeepSpeed")
     logger.setLevel(logging.WARNING)
     logger.addFilter(_worth_saying)
@@ -131,7 +133,8 @@ def deepspeed_config(config: RunConfig, rank_parameters: int) -> dict[str, Any]:
         "communication_data_type": "fp32",
         "data_types": {"grad_accum_dtype": "fp32"},
         "zero_optimization": {name: value for name, value in (given | buckets).items() if name not in stage_only},
-        # AdamW comes from torch, which DeepSpeed takes where it is told to.
+        # AdamW comes from torch (fused on CUDA), which DeepSpeed takes where it is told to. Its own would be compiled at the first start,
+        # by an nvcc that a user may not have.
         "zero_allow_untested_optimizer": True,
     }
     if config.training.precision == "bf16":
