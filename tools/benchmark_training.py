@@ -261,7 +261,7 @@ def recompute_choices(base: RunConfig, asked: str, world_size: int, device: torc
     return choices
 
 
-def environment(device: torch.device, command: Sequence[str]) -> dict[str, Any]:
+def environment(device: torch.device, command: Sequence[str], commit: str | None) -> dict[str, Any]:
     cuda = device.type == "cuda"
     return {
         "device": torch.cuda.get_device_name(device) if cuda else "cpu",
@@ -272,7 +272,7 @@ def environment(device: torch.device, command: Sequence[str]) -> dict[str, Any]:
         "nccl": ".".join(map(str, torch.cuda.nccl.version())) if cuda else None,
         "megatron_core": metadata.version("megatron-core"),
         "triton": _version("triton"),
-        "commit": revision(ROOT),
+        "commit": commit or revision(ROOT),
         "command": shlex.join(command),
     }
 
@@ -304,6 +304,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--recompute", choices=["auto", "none", "selective", "full"], default="auto")
     parser.add_argument("--steps", type=int, default=2, help="timed steps of a length, after one that is not timed")
     parser.add_argument("--document-tokens", type=int, metavar="N", help="pack documents of N tokens (default: one document)")
+    parser.add_argument("--commit", help="of the code, to be noted where there is no git checkout")
     parser.add_argument("--output", type=Path, metavar="JSON", help="written anew after every context size")
     arguments = parser.parse_args(argv)
     if "RANK" not in os.environ:
@@ -357,7 +358,7 @@ def benchmark(arguments: argparse.Namespace, base: RunConfig, command: Sequence[
         return row
 
     result: dict[str, Any] = {
-        "environment": environment(device, command) | {"ranks": world_size},
+        "environment": environment(device, command, arguments.commit) | {"ranks": world_size},
         "model": base.model.model_dump(mode="json") | {"parameters": base.model.num_parameters()},
         "precision": base.training.precision,
         "document_tokens": arguments.document_tokens,
