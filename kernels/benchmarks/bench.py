@@ -20,7 +20,8 @@ from typing import Any
 
 import torch
 import triton
-from check import Case, check
+from check import check
+from check_cases import Case
 from published import published_composition
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel

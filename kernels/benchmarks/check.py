@@ -1,16 +1,23 @@
 """Compares the triton backend on this GPU with the torch backend in float64, forward and every gradient.
 
-    PYTHONPATH=kernels python kernels/benchmarks/check.py [--output results.json] [--workers 12] [--only SUBSTRING] [--skip SUBSTRING]
+    PYTHONPATH=kernels python kernels/benchmarks/check.py [--only PATTERN] [--skip PATTERN] [--jobs 16] [--output results.json]
+    PYTHONPATH=kernels python kernels/benchmarks/check.py --unchecked             # also sizes that dispatch refuses as not checked
+    PYTHONPATH=kernels python kernels/benchmarks/check.py --library flash-attn-4  # wide and full windows by this library
 
-Cases cover every choice of tiles; what dispatch refuses is listed with the reason and not run. Outputs start as NaN, and every case runs
-twice and must give the same bits, except those of kernels that are not deterministic. Exit status 1 when a case is outside of its
-tolerance. Compiling dominates the time, so cases are spread over processes.
+Cases cover every choice of tiles (check_cases.py); what dispatch refuses is listed with the reason and not run. Outputs start as NaN, and
+every case runs twice and must give the same bits, except those of kernels that are not deterministic. One line a case; exit status 1 when
+a case is outside of its tolerance. Compiling dominates the time, so cases are spread over processes, those that compile longest first.
 """
 
 import argparse
+import contextlib
 import dataclasses
+import functools
 import json
 import multiprocessing
+import os
+import pathlib
+import re
 import sys
 import time
 import traceback
@@ -18,94 +25,16 @@ import zlib
 from typing import Any
 
 import torch
+import triton
+from check_cases import Case, cases
 from check_decode import DecodeCase, check_decode, decode_cases
 from check_summary import SummaryCase, check_summary, summary_cases
 from compare import TOLERANCES, make_gates, relative_error
 from torch import Tensor
 
-from nha_kernels import Memory, nha_attention
-from nha_kernels.triton.dispatch import WIDEST_FUSED_WINDOW, refusal
-
-
-@dataclasses.dataclass(frozen=True)
-class Case:
-    dtype: str = "bfloat16"
-    batch: int = 1
-    tokens: int = 200
-    kv_heads: int = 2
-    group: int = 4
-    key_dim: int = 128
-    value_dim: int = 128
-    slots: int = 64
-    window: int | None = 64
-    rotary_dim: int = -1  # -1: all channels, 0: no rotation
-    empty_slots: str = "attend"
-    documents: tuple[int, ...] = ()
-    memory: tuple[int, ...] = ()  # tokens that each row has seen before
-    gates: str = "usual"  # usual | slow | extreme | mixed
-    deterministic: bool = True  # False: full attention may go through cuDNN, whose backward differs from run to run
-
-    @property
-    def name(self) -> str:
-        changed = (f"{f.name}={getattr(self, f.name)}" for f in dataclasses.fields(self) if getattr(self, f.name) != f.default)
-        return " ".join(changed) or "default"
-
-
-def cases() -> list[Case]:
-    documents = (0, 37, 37, 38, 111, 200)
-    found = [
-        Case(),
-        Case(gates="extreme"),
-        Case(gates="mixed", tokens=333),
-        Case(gates="slow", empty_slots="weight"),
-        Case(documents=documents, empty_slots="mask", window=16),
-        Case(documents=documents, empty_slots="weight", memory=(70,)),
-        Case(batch=2, memory=(5, 90), empty_slots="weight", window=48, tokens=77),
-        Case(batch=2, tokens=150, group=1, kv_heads=3),
-        Case(tokens=150, group=2, window=0),
-        Case(tokens=150, group=8),
-        Case(tokens=150, group=7, slots=32, window=32),
-        Case(tokens=150, group=3, rotary_dim=64, window=5),
-        Case(tokens=150, group=1, gates="extreme"),
-        Case(tokens=150, group=2, gates="mixed", empty_slots="weight", documents=(0, 20, 150)),
-        Case(documents=documents, group=2, empty_slots="mask", memory=(70,)),
-        Case(batch=2, group=1, memory=(5, 90), empty_slots="weight", window=48, tokens=77),
-        Case(tokens=600, window=300),
-        Case(tokens=700, window=512, rotary_dim=0, documents=(0, 650, 700)),
-        Case(tokens=150, slots=16),
-        Case(tokens=150, slots=48),
-        Case(tokens=150, slots=128),
-        Case(tokens=150, slots=128, group=1, window=16),
-        Case(tokens=150, slots=128, dtype="float16"),
-        Case(tokens=150, slots=96, group=2),
-        Case(tokens=150, slots=256),
-        Case(tokens=150, slots=256, empty_slots="weight", documents=(0, 20, 150)),
-        Case(tokens=150, key_dim=64, value_dim=64),
-        Case(tokens=150, key_dim=64, value_dim=128, group=1),
-        Case(tokens=100, key_dim=256, value_dim=256),
-        Case(tokens=100, key_dim=256, value_dim=256, group=3, documents=(0, 50, 100), empty_slots="weight"),
-        Case(dtype="float16"),
-        Case(dtype="float16", gates="mixed", empty_slots="weight", memory=(80,)),
-        Case(dtype="float32"),
-        Case(dtype="float32", gates="mixed", documents=documents, empty_slots="weight", memory=(70,)),
-        Case(dtype="float32", gates="extreme", key_dim=64, value_dim=64, group=1),
-        Case(dtype="float32", tokens=100, key_dim=256, value_dim=256, group=2),
-        Case(dtype="float32", tokens=100, group=8, slots=128),
-        Case(tokens=9000, batch=2, gates="slow"),  # several slabs of the backward
-        Case(tokens=17000, kv_heads=1, group=2, gates="mixed", documents=(0, 9000, 17000)),  # and of the forward
-        Case(tokens=900, window=600),
-        Case(tokens=900, window=600, batch=2, memory=(100, 700), empty_slots="weight"),
-        Case(tokens=900, window=600, memory=(300,), documents=(0, 650, 650, 900), group=1),
-        Case(tokens=300, window=None, group=8),
-        Case(tokens=1, window=None, deterministic=False),
-        Case(tokens=300, window=None, batch=2, empty_slots="mask", key_dim=64, value_dim=64),
-        Case(tokens=300, window=None, documents=(0, 100, 300), rotary_dim=64),
-        Case(tokens=300, window=None, deterministic=False),
-        Case(tokens=517, window=None, deterministic=False, group=8, empty_slots="mask"),
-        Case(tokens=300, window=None, deterministic=False, batch=2, group=1, key_dim=64, value_dim=64, dtype="float16"),
-        Case(tokens=300, window=None, deterministic=False, documents=(0, 100, 300)),
-    ]
-    return found
+from nha_kernels import Memory, explain_dispatch, nha_attention
+from nha_kernels.triton.dispatch import run_unchecked_sizes
+from nha_kernels.triton.libraries import prefer_library
 
 
 def all_cases() -> list[Case | DecodeCase | SummaryCase]:
@@ -182,8 +111,11 @@ def run(inputs: dict[str, Tensor], memory: Memory | None, options: dict[str, Any
     return {name: x.detach() for name, x in outputs.items()}
 
 
-def check(case: Case | DecodeCase | SummaryCase) -> dict[str, Any]:
-    """Runs in a process of its own. `passed`, and `errors`, `refused` or `exception`."""
+def check(case: Case | DecodeCase | SummaryCase, unchecked: bool = False, library: str | None = None) -> dict[str, Any]:
+    """Runs in a process of its own. `passed`, and `errors`, `refused` or `exception`.
+
+    `unchecked`: also sizes that dispatch refuses because they were not checked. `library`: who attends to wide and full windows.
+    """
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = True
     result: dict[str, Any] = {"case": case.name}
@@ -191,64 +123,82 @@ def check(case: Case | DecodeCase | SummaryCase) -> dict[str, Any]:
     seed = zlib.crc32(case.name.encode())
     try:
         if isinstance(case, DecodeCase):
-            return {**result, **check_decode(case, seed), "seconds": round(time.time() - began, 1)}
-        if isinstance(case, SummaryCase):
-            return {**result, **check_summary(case, seed), "seconds": round(time.time() - began, 1)}
-        dtype = getattr(torch, case.dtype)
-        inputs, memory, options = make_inputs(case, seed)
-        reason = refusal(**inputs, window=case.window)
-        if reason is not None:
-            return {**result, "passed": True, "refused": reason, "seconds": 0.0}
-        flash = case.window is None or case.window > WIDEST_FUSED_WINDOW
-        strict = flash and case.deterministic
-        torch.use_deterministic_algorithms(True, warn_only=not strict)  # PyTorch's flash backward is deterministic only when it must be
-        first = run(inputs, memory, options, "triton", dtype)
-        second = run(inputs, memory, options, "triton", dtype)
-        torch.use_deterministic_algorithms(True, warn_only=True)
-        result["deterministic"] = not case.deterministic or all(torch.equal(first[name], second[name]) for name in first)
-        exact = run(inputs, memory, options, "torch", torch.float64)
-        result["errors"] = {name: relative_error(first[name], exact[name]) for name in first}
-        tolerance = TOLERANCES[dtype]
-        result["passed"] = result["deterministic"] and all(
-            error <= tolerance[name.startswith("d")] for name, error in result["errors"].items()
-        )
+            result |= check_decode(case, seed)
+        elif isinstance(case, SummaryCase):
+            result |= check_summary(case, seed)
+        else:
+            with run_unchecked_sizes() if unchecked else contextlib.nullcontext(), prefer_library(library if case.by_library else None):
+                result |= _check_operator(case, seed)
     except Exception as error:  # the other cases still run; the exit status says that this one failed
         result.update(passed=False, exception="".join(traceback.format_exception_only(error))[-600:])
     result["seconds"] = round(time.time() - began, 1)
     return result
 
 
+def _check_operator(case: Case, seed: int) -> dict[str, Any]:
+    dtype = getattr(torch, case.dtype)
+    inputs, memory, options = make_inputs(case, seed)
+    asked = {"window": case.window, "cu_seqlens": options.get("cu_seqlens"), "memory": memory}
+    explanation = explain_dispatch(**inputs, **asked)
+    if explanation.startswith("torch: "):
+        return {"passed": True, "refused": explanation.removeprefix("torch: ")}
+    # Libraries' backward passes are deterministic only when they must be.
+    torch.use_deterministic_algorithms(True, warn_only=not (case.by_library and case.deterministic))
+    first = run(inputs, memory, options, "triton", dtype)
+    second = run(inputs, memory, options, "triton", dtype)
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    deterministic = not case.deterministic or all(torch.equal(first[name], second[name]) for name in first)
+    exact = run(inputs, memory, options, "torch", torch.float64)
+    errors = {name: relative_error(first[name], exact[name]) for name in first}
+    tolerance = TOLERANCES[dtype]
+    passed = deterministic and all(error <= tolerance[name.startswith("d")] for name, error in errors.items())
+    return {"passed": passed, "deterministic": deterministic, "errors": errors, "dispatch": explanation}
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--output")
-    parser.add_argument("--workers", type=int, default=12)
-    parser.add_argument("--only", default="")
-    parser.add_argument("--skip", default="-")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", help="JSON file of all results")
+    parser.add_argument("--jobs", type=int, default=min(16, os.cpu_count() or 1), help="processes; compiling dominates the time")
+    parser.add_argument("--only", default="", metavar="PATTERN", help="regular expression that a case's name must match somewhere")
+    parser.add_argument("--skip", default="", metavar="PATTERN", help="the same, for cases to leave out")
+    parser.add_argument("--unchecked", action="store_true", help="run sizes that dispatch refuses because they were not checked")
+    parser.add_argument("--library", help="who attends to wide and full windows; without it dispatch's choice. Then only these cases run")
+    parser.add_argument("--list", action="store_true", help="print the cases and run nothing")
     arguments = parser.parse_args()
-    chosen = [case for case in all_cases() if arguments.only in case.name and arguments.skip not in case.name]
+    chosen = [case for case in all_cases() if re.search(arguments.only, case.name)]
+    chosen = [case for case in chosen if not (arguments.skip and re.search(arguments.skip, case.name))]
+    if arguments.library:
+        chosen = [case for case in chosen if isinstance(case, Case) and case.by_library]
+    if arguments.list:
+        print("\n".join(case.name for case in chosen))
+        return
+    if not chosen:
+        sys.exit("no case has such a name; --list prints them")
+    chosen.sort(key=lambda case: -case.cost if isinstance(case, Case) else -0.5)  # what takes longest begins first
+    began = time.time()
     results = []
-    with multiprocessing.get_context("spawn").Pool(min(arguments.workers, len(chosen)), maxtasksperchild=None) as pool:
-        for result in pool.imap_unordered(check, chosen):
+    work = functools.partial(check, unchecked=arguments.unchecked, library=arguments.library)
+    with multiprocessing.get_context("spawn").Pool(min(arguments.jobs, len(chosen))) as pool:
+        for result in pool.imap_unordered(work, chosen):
             results.append(result)
-            worst = " ".join(f"{name}={error:.1e}" for name, error in result.get("errors", {}).items())
-            verdict = "FAIL" if not result["passed"] else "none" if "refused" in result else "ok  "
-            print(
-                verdict,
-                f"{result['seconds']:6.1f}s",
-                result["case"],
-                "|",
-                worst,
-                result.get("exception", result.get("refused", "")),
-                flush=True,
-            )
-            if not result.get("deterministic", True):
-                print("     not deterministic", flush=True)
+            print(line(result), flush=True)
     failed = [result["case"] for result in results if not result["passed"]]
-    print(f"{len(results) - len(failed)} of {len(results)} cases passed on {torch.cuda.get_device_name()}")
+    refused = sum("refused" in result for result in results)
+    ran = len(results) - refused
+    print(f"{ran - len(failed)} of {ran} cases passed, {refused} refused, on {torch.cuda.get_device_name()}, {time.time() - began:.0f} s")
     if arguments.output:
-        with open(arguments.output, "w") as file:
-            json.dump({"device": torch.cuda.get_device_name(), "torch": torch.__version__, "results": results}, file, indent=1)
+        summary = {"device": torch.cuda.get_device_name(), "torch": torch.__version__, "triton": triton.__version__, "results": results}
+        pathlib.Path(arguments.output).write_text(json.dumps(summary, indent=1) + "\n")
     sys.exit(bool(failed))
+
+
+def line(result: dict[str, Any]) -> str:
+    verdict = "FAIL" if not result["passed"] else "none" if "refused" in result else "ok  "
+    worst = " ".join(f"{name}={error:.1e}" for name, error in result.get("errors", {}).items())
+    notes = [worst, result.get("exception", result.get("refused", "")).replace("\n", " ")]
+    if not result.get("deterministic", True):
+        notes.append("not deterministic")
+    return f"{verdict} {result['seconds']:6.1f}s {result['case']} | {' '.join(filter(None, notes))}"
 
 
 if __name__ == "__main__":

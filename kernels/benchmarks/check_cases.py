@@ -1,0 +1,191 @@
+"""Cases of check.py for the operator: what the launch configurations need, and what is known to be hard.
+
+Listed by hand: conventions, documents, memories, gates, head sizes and groups. Added by enumeration: one case for every choice of tiles
+that dispatch can make and no case by hand has, with shapes drawn from a seed.
+"""
+
+import dataclasses
+import functools
+import itertools
+import random
+import zlib
+
+import torch
+
+from nha_kernels.triton.dispatch import WIDEST_FUSED_WINDOW, choose_tiles, largest_group
+from nha_kernels.triton.problem import Tiles
+
+_DOCUMENTS = (0, 37, 37, 38, 111, 200)
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    dtype: str = "bfloat16"
+    batch: int = 1
+    tokens: int = 200
+    kv_heads: int = 2
+    group: int = 4
+    key_dim: int = 128
+    value_dim: int = 128
+    slots: int = 64
+    window: int | None = 64
+    rotary_dim: int = -1  # -1: all channels, 0: no rotation
+    empty_slots: str = "attend"
+    documents: tuple[int, ...] = ()
+    memory: tuple[int, ...] = ()  # tokens that each row has seen before
+    gates: str = "usual"  # usual | slow | extreme | mixed
+    deterministic: bool = True  # False: full attention may go through cuDNN, whose backward differs from run to run
+    unchecked: bool = False  # of a size that dispatch refuses until this case has passed: run with --unchecked
+
+    @property
+    def name(self) -> str:
+        changed = (f"{f.name}={getattr(self, f.name)}" for f in dataclasses.fields(self) if getattr(self, f.name) != f.default)
+        return " ".join(changed) or "default"
+
+    @property
+    def by_library(self) -> bool:
+        return self.window is None or self.window > WIDEST_FUSED_WINDOW
+
+    @property
+    def cost(self) -> float:
+        """Rough time of compiling, to begin with the longest."""
+        if self.window is None and not self.memory:
+            return 0.0
+        wide = max(self.key_dim, self.value_dim) > 128
+        return (3.0 if self.dtype == "float32" else 1.0) * (1.5 if wide else 1.0) + self.tokens / 1e4 + (0.5 if self.documents else 0.0)
+
+
+def _listed() -> list[Case]:
+    documents = _DOCUMENTS
+    return [
+        Case(),
+        Case(gates="extreme"),
+        Case(gates="mixed", tokens=333),
+        Case(gates="slow", empty_slots="weight"),
+        Case(documents=documents, empty_slots="mask", window=16),
+        Case(documents=documents, empty_slots="weight", memory=(70,)),
+        Case(batch=2, memory=(5, 90), empty_slots="weight", window=48, tokens=77),
+        Case(batch=2, tokens=150, group=1, kv_heads=3),
+        Case(tokens=150, group=2, window=0),
+        Case(tokens=150, group=8),
+        Case(tokens=150, group=7, slots=32, window=32),
+        Case(tokens=150, group=3, rotary_dim=64, window=5),
+        Case(tokens=150, group=1, gates="extreme"),
+        Case(tokens=150, group=2, gates="mixed", empty_slots="weight", documents=(0, 20, 150)),
+        Case(documents=documents, group=2, empty_slots="mask", memory=(70,)),
+        Case(batch=2, group=1, memory=(5, 90), empty_slots="weight", window=48, tokens=77),
+        Case(tokens=600, window=300),
+        Case(tokens=700, window=512, rotary_dim=0, documents=(0, 650, 700)),
+        Case(tokens=150, slots=16),
+        Case(tokens=150, slots=48),
+        Case(tokens=150, slots=128),
+        Case(tokens=150, slots=128, group=1, window=16),
+        Case(tokens=150, slots=128, dtype="float16"),
+        Case(tokens=150, slots=96, group=2),
+        Case(tokens=131, slots=80, window=40, empty_slots="weight"),
+        Case(tokens=75, slots=240, group=2, window=20, empty_slots="mask", memory=(50,)),
+        Case(dtype="float16", tokens=75, slots=208, group=5, memory=(30,)),
+        Case(tokens=99, group=12, window=32),
+        Case(tokens=99, group=16, slots=32, memory=(20,), empty_slots="weight"),
+        Case(dtype="float32", tokens=70, group=6, slots=32, window=20),
+        Case(tokens=70, group=8, key_dim=256, value_dim=256, window=32),
+        Case(tokens=99, group=4, key_dim=256, value_dim=64, window=70),
+        Case(tokens=99, group=3, key_dim=64, value_dim=256, slots=96, memory=(40,)),
+        Case(tokens=99, group=4, key_dim=128, value_dim=64, empty_slots="mask"),
+        Case(dtype="float16", tokens=99, group=1, key_dim=128, value_dim=64, window=31),
+        Case(tokens=150, slots=256),
+        Case(tokens=150, slots=256, empty_slots="weight", documents=(0, 20, 150)),
+        Case(tokens=150, key_dim=64, value_dim=64),
+        Case(tokens=150, key_dim=64, value_dim=128, group=1),
+        Case(tokens=100, key_dim=256, value_dim=256),
+        Case(tokens=100, key_dim=256, value_dim=256, group=3, documents=(0, 50, 100), empty_slots="weight"),
+        Case(dtype="float16"),
+        Case(dtype="float16", gates="mixed", empty_slots="weight", memory=(80,)),
+        Case(dtype="float32"),
+        Case(dtype="float32", gates="mixed", documents=documents, empty_slots="weight", memory=(70,)),
+        Case(dtype="float32", gates="extreme", key_dim=64, value_dim=64, group=1),
+        Case(dtype="float32", tokens=100, group=8, slots=128),
+        Case(tokens=9000, batch=2, gates="slow"),  # several slabs of the backward
+        Case(tokens=17000, kv_heads=1, group=2, gates="mixed", documents=(0, 9000, 17000)),  # and of the forward
+        Case(tokens=900, window=600),
+        Case(tokens=900, window=600, batch=2, memory=(100, 700), empty_slots="weight"),
+        Case(tokens=900, window=600, memory=(300,), documents=(0, 650, 650, 900), group=1),
+        Case(tokens=700, window=600, group=12, slots=32),
+        Case(tokens=333, window=2000, memory=(2500,), dtype="float16"),
+        Case(tokens=300, window=None, memory=(60,), documents=(0, 100, 300)),
+        Case(tokens=5, window=None, batch=2, memory=(60, 1000), empty_slots="weight"),
+        Case(tokens=133, window=None, batch=2, memory=(300, 1), group=1),
+        Case(tokens=300, window=None, memory=(700,), key_dim=64, value_dim=64, dtype="float16", empty_slots="mask", group=2),
+        Case(tokens=200, window=None, key_dim=96, value_dim=96, group=16, slots=24),
+        Case(tokens=300, window=None, group=8),
+        Case(tokens=1, window=None, deterministic=False),
+        Case(tokens=300, window=None, batch=2, empty_slots="mask", key_dim=64, value_dim=64),
+        Case(tokens=300, window=None, documents=(0, 100, 300), rotary_dim=64),
+        Case(tokens=300, window=None, deterministic=False),
+        Case(tokens=517, window=None, deterministic=False, group=8, empty_slots="mask"),
+        Case(tokens=300, window=None, deterministic=False, batch=2, group=1, key_dim=64, value_dim=64, dtype="float16"),
+        Case(tokens=300, window=None, deterministic=False, documents=(0, 100, 300)),
+        *(Case(tokens=101, group=group, key_dim=256, value_dim=256, window=32, unchecked=True) for group in (1, 2)),
+        Case(tokens=60, group=1, key_dim=256, value_dim=256, window=32, documents=(0, 20, 60), memory=(40,), unchecked=True),
+        Case(tokens=60, group=2, key_dim=256, value_dim=128, slots=128, dtype="float16", unchecked=True),
+        *(Case(tokens=101, group=group, slots=32, window=32, unchecked=True) for group in (1, 2)),
+        Case(tokens=101, group=1, slots=32, empty_slots="weight", documents=(0, 20, 101), memory=(40,), unchecked=True),
+        Case(tokens=130, group=2, slots=32, gates="mixed", unchecked=True),
+    ]
+
+
+def _tiles(dtype: str, key_dim: int, value_dim: int, group: int, slots: int, window: int) -> Tiles:
+    def shaped(heads: int, channels: int) -> torch.Tensor:
+        return torch.empty(1, 200, heads, channels, dtype=getattr(torch, dtype), device="meta")
+
+    tiles = choose_tiles(shaped(group, key_dim), shaped(1, key_dim), shaped(1, value_dim), shaped(1, slots), window)
+    return dataclasses.replace(tiles, forward_slab=0, backward_slab=0)  # these follow from the length
+
+
+@functools.cache
+def choices_of_tiles() -> dict[Tiles, list[Case]]:
+    """Every choice that dispatch can make, and sizes that lead to it."""
+    found: dict[Tiles, list[Case]] = {}
+    sizes = itertools.product(("bfloat16", "float16", "float32"), (64, 128, 256), (64, 128, 256), range(1, 9), (16, 32, 48, 64, 128, 256))
+    for (dtype, key_dim, value_dim, group, slots), window in itertools.product(sizes, (0, 17, 33)):
+        case = Case(dtype=dtype, key_dim=key_dim, value_dim=value_dim, group=group, slots=slots, window=window, kv_heads=1)
+        q, v = (torch.empty(1, 1, 1, dim, dtype=getattr(torch, dtype), device="meta") for dim in (key_dim, value_dim))
+        if (dtype == "float32" and max(key_dim, value_dim) > 128) or group > largest_group(q, v):
+            continue
+        found.setdefault(_tiles(dtype, key_dim, value_dim, group, slots, window), []).append(case)
+    return found
+
+
+def covered_tiles(listed: list[Case]) -> set[Tiles]:
+    """Tiles of the cases in which every kernel runs: the library attends to wider windows."""
+    return {_tiles(c.dtype, c.key_dim, c.value_dim, c.group, c.slots, c.window or 0) for c in listed if not c.by_library}
+
+
+def _drawn(sizes: list[Case]) -> Case:
+    """One of the sizes, with a shape drawn from a seed that these sizes give: the same in every run."""
+    generator = random.Random(zlib.crc32(sizes[0].name.encode()))
+    case = generator.choice(sizes)
+    tokens, batch = 2 * generator.randint(30, 90) + 1, generator.choice((1, 1, 2))
+    documents: tuple[int, ...] = ()
+    if batch == 1 and generator.random() < 0.5:
+        documents = (0, *sorted(generator.sample(range(1, tokens), 2)), tokens)
+    window = {0: generator.choice((0, 1, 7, 16)), 17: generator.choice((17, 24, 32)), 33: generator.choice((33, 48, 65))}[case.window or 0]
+    return dataclasses.replace(
+        case,
+        tokens=tokens,
+        batch=batch,
+        kv_heads=generator.choice((1, 2, 3)),
+        window=window,
+        documents=documents,
+        memory=tuple(generator.randint(1, 90) for _ in range(batch)) if generator.random() < 0.4 else (),
+        empty_slots=generator.choice(("attend", "mask", "weight")),
+        gates=generator.choice(("usual", "usual", "slow", "extreme", "mixed")),
+        rotary_dim=generator.choice((-1, -1, 0, case.key_dim // 2)),
+        unchecked=False,
+    )
+
+
+def cases() -> list[Case]:
+    listed = _listed()
+    covered = covered_tiles([case for case in listed if not case.unchecked])
+    return listed + [_drawn(sizes) for tiles, sizes in choices_of_tiles().items() if tiles not in covered]
