@@ -2,7 +2,11 @@
 
     PYTHONPATH=kernels python kernels/benchmarks/bench.py [--output kernels/benchmarks/results] [--lengths 2048,8192] [--heads 32/8,16/16]
 
-The published composition (published.py) is timed too where fla-core is installed: pip install -e ".[benchmark]".
+The published composition (published.py) is timed too where fla-core is installed: pip install -e ".[benchmark]". Its kernels tune
+themselves for minutes, so it may be timed in a run of its own, beside the operator at the same shapes, that is added to the same files:
+
+    PYTHONPATH=kernels python kernels/benchmarks/bench.py --without-published
+    PYTHONPATH=kernels python kernels/benchmarks/bench.py --published-only [--heads 32/8] [--lengths 8192,32768,131072]
 
 Milliseconds are medians between device events. `graph` replays a captured CUDA graph, `eager` includes what the host cannot hide.
 The floor is max(FLOP / matrix rate, bytes / copy rate) with both rates measured here:
@@ -12,9 +16,12 @@ q, k, v, g, out, dout, dq, dk, dv, dg once backward.
 
 import argparse
 import dataclasses
+import importlib.util
 import json
+import os
 import pathlib
 import sys
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -22,7 +29,7 @@ import torch
 import triton
 from check import check
 from check_cases import Case
-from published import published_composition
+from published import compile_in_parallel, published_composition, shorten_tuning
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import logsigmoid, scaled_dot_product_attention
@@ -89,7 +96,9 @@ def floor_ms(rates: Rates, tokens: int, query_heads: int, kv_heads: int) -> tupl
     return 1e3 * forward, 1e3 * (forward + max(2.5 * flop / rates.matrix, backward_bytes / rates.copy))
 
 
-def contestants(tokens: int, query_heads: int, kv_heads: int) -> dict[str, tuple[Callable[..., Tensor], list[Tensor], Tensor]]:
+def contestants(
+    names: list[str], tokens: int, query_heads: int, kv_heads: int
+) -> dict[str, tuple[Callable[..., Tensor], list[Tensor], Tensor]]:
     """Name -> forward function, its leaves, gradient of its output."""
     generator = torch.Generator("cuda").manual_seed(0)
 
@@ -113,15 +122,18 @@ def contestants(tokens: int, query_heads: int, kv_heads: int) -> dict[str, tuple
 
         return run
 
-    found: dict[str, tuple[Callable[..., Tensor], list[Tensor], Tensor]] = {
-        "nha": (ours, [q, k, v, g], gradient),
-        "cudnn": (full(SDPBackend.CUDNN_ATTENTION), [q, k, v], gradient),
-        "flash": (full(SDPBackend.FLASH_ATTENTION), [q, k, v], gradient),
+    def published() -> Callable[..., Tensor]:
+        composition = published_composition(WINDOW, DIM**-0.5)
+        assert composition is not None
+        return composition
+
+    found: dict[str, tuple[Callable[[], Callable[..., Tensor]], list[Tensor]]] = {
+        "nha": (lambda: ours, [q, k, v, g]),
+        "cudnn": (lambda: full(SDPBackend.CUDNN_ATTENTION), [q, k, v]),
+        "flash": (lambda: full(SDPBackend.FLASH_ATTENTION), [q, k, v]),
+        "published": (published, [q, k, v, g]),
     }
-    published = published_composition(WINDOW, DIM**-0.5)
-    if published is not None:
-        found["published"] = (published, [q, k, v, g], gradient)
-    return found
+    return {name: (found[name][0](), found[name][1], gradient) for name in names}
 
 
 def time_one(function: Callable[..., Tensor], leaves: list[Tensor], gradient: Tensor, graphs: bool) -> dict[str, float]:
@@ -145,42 +157,32 @@ def time_one(function: Callable[..., Tensor], leaves: list[Tensor], gradient: Te
     return times
 
 
-def plot(rows: list[dict[str, Any]], path: pathlib.Path, title: str) -> None:
+def plot(summary: dict[str, Any], path: pathlib.Path) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
+    rows = [*summary.get("rows", []), *(row for row in summary.get("published", {}).get("rows", []) if row["name"] == "published")]
     layouts = sorted({row["heads"] for row in rows}, reverse=True)
     figure, axes = pyplot.subplots(1, len(layouts), figsize=(5.5 * len(layouts), 4), squeeze=False)
     for axis, heads in zip(axes[0], layouts, strict=True):
         chosen = [row for row in rows if row["heads"] == heads]
         for name in dict.fromkeys(row["name"] for row in chosen):
             line = [(row["tokens"], row["both_graph" if "both_graph" in row else "both_eager"]) for row in chosen if row["name"] == name]
-            axis.plot(*zip(*line, strict=True), marker="o", label=name)
-        floor = sorted({(row["tokens"], row["floor_both"]) for row in chosen})
+            other_run = name == "published" and "published" in summary
+            axis.plot(*zip(*line, strict=True), marker="o", label=f"{name} (a run of its own)" if other_run else name)
+        floor = sorted({row["tokens"]: row["floor_both"] for row in reversed(chosen)}.items())
         axis.plot(*zip(*floor, strict=True), "k:", label="floor")
         axis.set(xscale="log", yscale="log", xlabel="tokens", ylabel="ms, forward + backward", title=f"HQ/H {heads}")
         axis.legend()
-    figure.suptitle(title)
+    figure.suptitle(f"{(summary if 'device' in summary else summary['published'])['device']}, bf16, D 128, M 64, W 64, B 1")
     figure.tight_layout()
     figure.savefig(path, dpi=110)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--output", type=pathlib.Path, default=pathlib.Path(__file__).parent / "results")
-    parser.add_argument("--lengths", default="2048,8192,32768,131072")
-    parser.add_argument("--heads", default="32/8,16/16")
-    arguments = parser.parse_args()
-    layouts = [tuple(map(int, part.split("/"))) for part in arguments.heads.split(",")]
-    for query_heads, kv_heads in layouts:
-        verdict = check(Case(tokens=1024, kv_heads=kv_heads, group=query_heads // kv_heads))
-        if not verdict["passed"] or "refused" in verdict:
-            sys.exit(f"the kernels fail their check, so they are not timed: {verdict}")
-    torch.use_deterministic_algorithms(False)
-    torch.utils.deterministic.fill_uninitialized_memory = False
-
+def measure(names: list[str], layouts: list[tuple[int, int]], lengths: list[int]) -> dict[str, Any]:
+    """Everything of one run: rates of the chip, versions, and a row for each contestant and shape."""
     rates = measure_rates()
     device = torch.cuda.get_device_name()
     print(
@@ -188,9 +190,10 @@ def main() -> None:
     )
     rows: list[dict[str, Any]] = []
     for query_heads, kv_heads in layouts:
-        for tokens in map(int, arguments.lengths.split(",")):
+        for tokens in lengths:
             floors = floor_ms(rates, tokens, query_heads, kv_heads)
-            for name, (function, leaves, gradient) in contestants(tokens, query_heads, kv_heads).items():
+            ours: dict[str, Any] = {}
+            for name, (function, leaves, gradient) in contestants(names, tokens, query_heads, kv_heads).items():
                 try:
                     times = time_one(function, leaves, gradient, graphs=tokens <= 32768)
                 except torch.OutOfMemoryError:
@@ -200,20 +203,11 @@ def main() -> None:
                 row |= {"floor_forward": floors[0], "floor_both": floors[1]}
                 if name == "nha":
                     row["dispatch"] = explain_dispatch(*leaves, window=WINDOW)
-                rows.append(row)
-                if name == "nha":
                     ours = row
-                forward, both = ("forward_graph", "both_graph") if "both_graph" in row else ("forward_eager", "both_eager")
-                print(
-                    f"{row['heads']:>6} T {tokens:>6} {name:<12} forward {row[forward]:8.3f} (eager {row['forward_eager']:8.3f})"
-                    f"  both {row[both]:8.3f} (eager {row['both_eager']:8.3f})  {row['peak_gb']:6.2f} GB"
-                    f"  x ours {row[forward] / ours[forward]:6.2f} {row[both] / ours[both]:6.2f}"
-                    f"  x floor {row[forward] / floors[0]:6.1f} {row[both] / floors[1]:6.1f}",
-                    flush=True,
-                )
+                rows.append(row)
+                print(described(row, ours), flush=True)
             torch.cuda.empty_cache()
-    arguments.output.mkdir(parents=True, exist_ok=True)
-    summary = {
+    return {
         "device": device,
         "torch": torch.__version__,
         "triton": triton.__version__,
@@ -224,9 +218,57 @@ def main() -> None:
         "shape": {"slots": SLOTS, "window": WINDOW, "key_dim": DIM, "value_dim": DIM, "batch": 1, "dtype": "bfloat16"},
         "rows": rows,
     }
-    name = device.lower().replace(" ", "_")
-    (arguments.output / f"{name}.json").write_text(json.dumps(summary, indent=1) + "\n")
-    plot(rows, arguments.output / f"{name}.png", f"{device}, bf16, D 128, M 64, W 64, B 1")
+
+
+def described(row: dict[str, Any], ours: dict[str, Any]) -> str:
+    forward, both = ("forward_graph", "both_graph") if "both_graph" in row else ("forward_eager", "both_eager")
+    return (
+        f"{row['heads']:>6} T {row['tokens']:>6} {row['name']:<12} forward {row[forward]:8.3f} (eager {row['forward_eager']:8.3f})"
+        f"  both {row[both]:8.3f} (eager {row['both_eager']:8.3f})  {row['peak_gb']:6.2f} GB"
+        f"  x ours {row[forward] / ours[forward]:6.2f} {row[both] / ours[both]:6.2f}"
+        f"  x floor {row[forward] / row['floor_forward']:6.1f} {row[both] / row['floor_both']:6.1f}"
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=pathlib.Path, default=pathlib.Path(__file__).parent / "results")
+    parser.add_argument("--lengths", help="2048,8192,32768,131072 unless told; from 8192 on with --published-only")
+    parser.add_argument("--heads", help="32/8,16/16 unless told; 32/8 with --published-only")
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--published-only", action="store_true", help="the published composition and the operator, added to the files")
+    which.add_argument("--without-published", action="store_true")
+    parser.add_argument("--jobs", type=int, default=min(16, os.cpu_count() or 1), help="processes that compile the published composition")
+    arguments = parser.parse_args()
+    heads = arguments.heads or ("32/8" if arguments.published_only else "32/8,16/16")
+    layouts = [(int(q), int(kv)) for q, kv in (part.split("/") for part in heads.split(","))]
+    lengths = arguments.lengths or ("8192,32768,131072" if arguments.published_only else "2048,8192,32768,131072")
+    with_published = importlib.util.find_spec("fla") is not None and not arguments.without_published
+    if arguments.published_only and not with_published:
+        sys.exit("fla-core is not installed: pip install fla-core==0.6.0")
+    for query_heads, kv_heads in layouts:
+        verdict = check(Case(tokens=1024, kv_heads=kv_heads, group=query_heads // kv_heads))
+        if not verdict["passed"] or "refused" in verdict:
+            sys.exit(f"the kernels fail their check, so they are not timed: {verdict}")
+    torch.use_deterministic_algorithms(False)
+    torch.utils.deterministic.fill_uninitialized_memory = False
+    if with_published:
+        began = time.time()
+        compile_in_parallel(layouts, WINDOW, SLOTS, DIM, arguments.jobs)
+        shorten_tuning()
+        print(f"published composition: compiled by {arguments.jobs} processes in {time.time() - began:.0f} s", flush=True)
+
+    names = ["nha", "published"] if arguments.published_only else ["nha", "cudnn", "flash"] + ["published"] * with_published
+    result = measure(names, layouts, [int(length) for length in lengths.split(",")])
+    arguments.output.mkdir(parents=True, exist_ok=True)
+    path = arguments.output / f"{result['device'].lower().replace(' ', '_')}.json"
+    if arguments.published_only:  # beside what another run left: its rows stay that run's
+        summary = json.loads(path.read_text()) if path.exists() else {}
+        summary["published"] = result
+    else:
+        summary = result
+    path.write_text(json.dumps(summary, indent=1) + "\n")
+    plot(summary, path.with_suffix(".png"))
 
 
 if __name__ == "__main__":
