@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -58,10 +59,15 @@ def as_in_a_new_process(device: torch.device) -> None:
 _engines: list[Engine] = []
 
 
-def make_engine(config: RunConfig) -> Engine:
-    """An engine, in place of the one that the program before it made on this rank."""
+def close_engines() -> None:
+    """The engine that the program before made on this rank goes: before DeepSpeed forgets the groups that it still uses."""
     while _engines:
         _engines.pop().close()
+
+
+def make_engine(config: RunConfig) -> Engine:
+    """An engine, in place of the one that the program before it made on this rank."""
+    close_engines()
     device = choose_device(config.training.device)
     as_in_a_new_process(device)
     _engines.append(create_engine(config, device, create_layout(config, device)))
@@ -82,6 +88,24 @@ def train(config: RunConfig, steps: int = 5, **batch_options: Any) -> dict[str, 
         "weights": weights,
         "trained": full_weights(engine),
     }
+
+
+def optimizer_without_a_compiler(config: RunConfig) -> tuple[str, bool | None]:
+    """One update on a machine on which DeepSpeed could compile no operator of its own: (torch's optimizer, fused or not)."""
+    close_engines()
+    import_deepspeed(choose_device(config.training.device))
+    from deepspeed.ops.op_builder.builder import OpBuilder
+
+    def compile_operator(builder: Any, verbose: bool = True) -> Any:
+        raise AssertionError(f"{builder.name} would be compiled")
+
+    with mock.patch.object(OpBuilder, "jit_load", compile_operator):
+        engine = make_engine(config)
+        assert isinstance(engine, DeepSpeedEngine)
+        assert not engine.train_step(micro_batches(config, engine.layout, 0), 1e-3).skipped
+    adam = engine.optimizer.optimizer
+    (kind,) = {parent for parent in type(adam).__mro__ if parent.__module__ == "torch.optim.adamw"}
+    return kind.__name__, adam.defaults["fused"]
 
 
 def full_weights(engine: DeepSpeedEngine) -> dict[str, torch.Tensor]:

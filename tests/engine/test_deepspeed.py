@@ -17,6 +17,7 @@ from tests.engine.deepspeed_programs import (
     few_threads,  # noqa: F401
     full_weights,
     make_engine,
+    optimizer_without_a_compiler,
     train,
     zero,
 )
@@ -237,6 +238,11 @@ def faulty_replica(stage: int) -> list[bool]:
 @pytest.mark.parametrize("stage", [1, slow(3)])
 def test_a_faulty_copy_of_a_replicated_parameter_is_seen(ranks: RankPool, stage: int) -> None:
     assert ranks.run(2, faulty_replica, stage=stage) == [[True, False]] * 2
+
+
+@pytest.mark.parametrize("stage", [1, slow(2), slow(3)])
+def test_no_operator_is_compiled(ranks: RankPool, stage: int) -> None:
+    assert ranks.run(1, optimizer_without_a_compiler, config=tiny_config(training=zero(stage))) == [("AdamW", False)]
 
 
 def all_masked() -> None:

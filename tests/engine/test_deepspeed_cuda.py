@@ -12,7 +12,7 @@ import torch
 
 from tests.distributed import RankPool
 from tests.engine import programs
-from tests.engine.deepspeed_programs import train, zero
+from tests.engine.deepspeed_programs import optimizer_without_a_compiler, train, zero
 from tests.engine.programs import tiny_config
 from tests.engine.test_deepspeed_resharding import load_and_train, train_and_save
 from tests.optional import needs_deepspeed
@@ -21,11 +21,17 @@ pytestmark = [pytest.mark.gpu, needs_deepspeed]
 two_gpus = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def own_ranks() -> Iterator[RankPool]:
     """Processes of their own: DeepSpeed is set up for one kind of device in the life of a process."""
     with closing(RankPool()) as pool:
         yield pool
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_nothing_is_compiled_and_adam_is_fused(own_ranks: RankPool, stage: int) -> None:
+    config = tiny_config(training={"device": "cuda", "precision": "bf16", **zero(stage)})
+    assert own_ranks.run(1, optimizer_without_a_compiler, backend="nccl", config=config) == [("AdamW", True)]
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3])

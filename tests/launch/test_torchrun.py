@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import signal
+import socket
 import subprocess
 import time
 from collections.abc import Callable, Iterator
@@ -38,7 +39,7 @@ def write_run(folder: Path, **sections: dict[str, Any]) -> Path:
 @contextmanager
 def running(folder: Path, script: str, *arguments: str, **extra: str) -> Iterator[subprocess.Popen[bytes]]:
     """The script in the background, its output in folder/log; every process of it is gone afterwards."""
-    environment = submit_environment(**{"NPROC_PER_NODE": "2", **extra})
+    environment = submit_environment(**{"NPROC_PER_NODE": "2", "MASTER_PORT": str(free_port()), **extra})
     with (folder / "log").open("wb") as log:
         command = [str(ROOT / "launch" / script), *arguments]
         job = subprocess.Popen(command, cwd=folder, env=environment, stdout=log, stderr=subprocess.STDOUT)
@@ -53,6 +54,12 @@ def running(folder: Path, script: str, *arguments: str, **extra: str) -> Iterato
             if process.is_running():
                 process.kill()
         job.wait(30)
+
+
+def free_port() -> int:
+    """One that nobody listens on: several of these tests may run at once."""
+    with socket.create_server(("", 0)) as server:
+        return int(server.getsockname()[1])
 
 
 def wait_for(condition: Callable[[], object], folder: Path) -> None:
@@ -122,7 +129,7 @@ def test_a_signal_to_torchrun_saves_before_the_end(folder: Path, number: signal.
 
 def test_two_nodes_of_torchrun_on_one_machine(folder: Path) -> None:
     write_run(folder, training={"steps": 3})
-    meeting = {"NNODES": "2", "RDZV_ENDPOINT": "localhost:29871", "RDZV_ID": folder.name}
+    meeting = {"NNODES": "2", "RDZV_ENDPOINT": f"localhost:{free_port()}", "RDZV_ID": folder.name}
     with running(folder, "torchrun.sh", "run.yaml", **meeting | {"NPROC_PER_NODE": "1"}) as first:
         environment = submit_environment(NPROC_PER_NODE="1", **meeting)
         second = subprocess.run([str(ROOT / "launch" / "torchrun.sh"), "run.yaml"], cwd=folder, env=environment, capture_output=True)
@@ -136,7 +143,7 @@ def test_deepspeed_launcher_trains_the_same_curve(folder: Path) -> None:
     hosts = folder / "hosts"
     hosts.write_text("localhost slots=2\n")
     local = {"DS_ACCELERATOR": "cpu"}
-    hostfile = {**local, "HOSTFILE": str(hosts), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29872"}
+    hostfile = {**local, "HOSTFILE": str(hosts), "MASTER_ADDR": "127.0.0.1"}
     for name, script, extra in (("torchrun", "torchrun.sh", {}), ("one", "deepspeed.sh", local), ("hostfile", "deepspeed.sh", hostfile)):
         with running(folder, script, "run.yaml", f"logging.directory={folder / name}", **extra) as job:
             assert job.wait(PATIENCE_S) == 0, (folder / "log").read_text()
