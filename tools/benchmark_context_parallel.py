@@ -3,22 +3,29 @@
 
     torchrun --nproc-per-node=2 tools/benchmark_context_parallel.py --tokens-per-rank 16384 65536 --window 64 [--output FILE.json]
 
-Every rank holds a shard of the given length. `one_rank_ms` is the operator on the shard alone, `all_ranks_ms` the layer over all ranks,
-`exchange_ms` its exchange without the operator, each forward and backward, medians of the slowest rank; the time not hidden by compute is
-`all_ranks_ms - one_rank_ms`. Nothing is timed before the layer over all ranks has given one rank's outputs and gradients.
+Every rank holds a shard of the given length. Times are forward and backward, medians of the slowest rank, the host ahead of the device:
+
+    one_rank_ms           the operator on the shard alone
+    all_ranks_ms          the layer over all ranks; what it takes more is not hidden by compute
+    without_sending_ms    the same with every message replaced by a local copy: the difference is what the network costs
+
+Nothing is timed before the layer over all ranks has given one rank's outputs and gradients, in float32 and in the timed precision.
 Of a `full` layer, whose work grows with the whole sequence, `one_rank_ms` is one rank's even part: the whole sequence over the ranks.
+`kernels` lists what a rank runs in one forward and backward at the first length.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import statistics
 import sys
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +35,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from nha_kernels import nha_attention
-from nha_megatron.attention.context_parallel_exchange import context_parallel_attention, fetch_memory
-from nha_megatron.attention.context_parallel_plan import plan_context_parallel
+from nha_megatron.attention.context_parallel_exchange import context_parallel_attention
 from nha_megatron.attention.full_attention_context_parallel import full_attention_over_ranks
 from nha_megatron.config import ConfigError, ModelConfig, parse_windows
 from nha_megatron.config.arithmetic import context_parallel_bytes
@@ -50,6 +56,7 @@ class Layer:
     window: int | None
     exchange: str
     dtype: torch.dtype
+    gates: str
 
     def options(self, device: torch.device) -> dict[str, Any]:
         pairs = torch.arange(self.head_dim // 2, dtype=torch.float64, device=device)
@@ -63,7 +70,9 @@ class Layer:
             return torch.randn(1, tokens, heads, channels, generator=generator, device=device).to(dtype)
 
         q, k, v = (normal(heads, self.head_dim, self.dtype) for heads in (self.heads, self.kv_heads, self.kv_heads))
-        g = F.logsigmoid(4 * normal(self.kv_heads, self.slots, torch.float32)) / 8
+        z = normal(self.kv_heads, self.slots, torch.float32)
+        # Usual gates forget within some hundred tokens, slow ones nothing in a million: then all of a shard matters to the next.
+        g = F.logsigmoid(4 * z) / 8 if self.gates == "usual" else -1e-7 * z.abs()
         return (q, k, v, g), normal(self.heads, self.head_dim, self.dtype)
 
     def on_one_rank(self, tensors: Tensors) -> Tensor:
@@ -74,14 +83,6 @@ class Layer:
         if self.window is None:
             return full_attention_over_ranks(*tensors, group=group, exchange=self.exchange, **options)  # type: ignore[arg-type]
         return context_parallel_attention(*tensors, window=self.window, group=group, **options)
-
-    def exchange_alone(self, tensors: Tensors, group: dist.ProcessGroup) -> list[Tensor]:
-        """The memory before the shard: what a rank needs of the others, and what its backward sends back."""
-        q, k, v, g = tensors
-        assert self.window is not None
-        plan = plan_context_parallel(tokens_per_rank=k.shape[1], num_ranks=group.size(), rank=group.rank(), window=self.window)
-        q, memory = fetch_memory(q, k, v, g, plan=plan, group=group)
-        return [q, memory.slot_keys, memory.slot_values, memory.slot_log_decay, memory.window_keys, memory.window_values]
 
     def bytes_sent(self, tokens: int, ranks: int) -> int:
         """Bytes that an inner rank hands out in the forward."""
@@ -118,36 +119,77 @@ def check(layer: Layer, tokens: int, device: torch.device, group: dist.ProcessGr
 def measure(layer: Layer, tokens: int, repeats: int, device: torch.device, group: dist.ProcessGroup) -> dict[str, Any]:
     """One row of the table: times in milliseconds, peak memory in bytes, of the slowest or fullest rank."""
     ranks = group.size()
-    alone_tokens = tokens * ranks if layer.window is None else tokens
-    tensors, d_out = layer.draw(alone_tokens, device, seed=group.rank())
+    tensors, d_out = layer.draw(tokens * ranks if layer.window is None else tokens, device, seed=group.rank())
     whole = _leaves(tensors)
     shard, d_shard = _leaves(tuple(x[:, :tokens] for x in tensors)), d_out[:, :tokens]
 
-    def run(function: Callable[[], Any]) -> tuple[float, float]:
-        return _slowest(_median_ms(function, repeats, device, group), device), _slowest(_peak_bytes(function, device), device)
+    def alone() -> Any:
+        return torch.autograd.grad(layer.on_one_rank(whole), whole, d_out)
 
-    one_ms, one_peak = run(lambda: torch.autograd.grad(layer.on_one_rank(whole), whole, d_out))
-    all_ms, all_peak = run(lambda: torch.autograd.grad(layer.over_ranks(shard, group), shard, d_shard))
+    def over_ranks() -> Any:
+        return torch.autograd.grad(layer.over_ranks(shard, group), shard, d_shard)
+
+    row: dict[str, Any] = {"tokens_per_rank": tokens}
+    for name, function in (("one_rank", alone), ("all_ranks", over_ranks)):
+        for part, value in zip(("ms", "host_ms"), _times(function, repeats, device, group), strict=True):
+            row[f"{name}_{part}"] = _slowest(value, device)
+        row[f"{name}_peak_bytes"] = int(_slowest(_peak_bytes(function, device), device))
     if layer.window is None:
-        one_ms /= ranks
-    row = {
-        "tokens_per_rank": tokens,
-        "one_rank_ms": one_ms,
-        "all_ranks_ms": all_ms,
-        "not_hidden_ms": all_ms - one_ms,
-        "efficiency": one_ms / all_ms,
+        row["one_rank_ms"] /= ranks
+    else:
+        with nothing_sent():
+            row["without_sending_ms"] = _slowest(_times(over_ranks, repeats, device, group)[0], device)
+        row["sending_ms"] = row["all_ranks_ms"] - row["without_sending_ms"]
+    for name in ("one_rank", "all_ranks"):
+        row[f"{name}_tokens_per_second_per_rank"] = 1e3 * tokens / row[f"{name}_ms"]
+    return row | {
+        "not_hidden_ms": row["all_ranks_ms"] - row["one_rank_ms"],
+        "efficiency": row["one_rank_ms"] / row["all_ranks_ms"],
         "bytes_sent": layer.bytes_sent(tokens, ranks),
-        "one_rank_peak_bytes": int(one_peak),
-        "all_ranks_peak_bytes": int(all_peak),
     }
-    if layer.window is not None:
-        row["exchange_ms"] = run(lambda: _backward_of_sum(layer.exchange_alone(shard, group), shard))[0]
-    return row
 
 
-def _backward_of_sum(outputs: Sequence[Tensor], inputs: Tensors) -> Any:
-    used = [x for x in outputs if x.requires_grad]
-    return torch.autograd.grad(used, inputs, [torch.ones_like(x) for x in used], allow_unused=True)
+def list_kernels(layer: Layer, tokens: int, count: int, device: torch.device, group: dist.ProcessGroup) -> list[dict[str, Any]]:
+    """The `count` kernels (operations on the CPU) of this rank that take longest in one forward and backward."""
+    tensors, d_out = layer.draw(tokens, device, seed=group.rank())
+    shard = _leaves(tensors)
+    cuda = device.type == "cuda"
+    activities = [torch.profiler.ProfilerActivity.CUDA if cuda else torch.profiler.ProfilerActivity.CPU]
+    for _ in range(2):
+        torch.autograd.grad(layer.over_ranks(shard, group), shard, d_out)
+    _synchronize(device)
+    with torch.profiler.profile(activities=activities) as profile:
+        torch.autograd.grad(layer.over_ranks(shard, group), shard, d_out)
+        _synchronize(device)
+    kernels = [
+        {"name": event.key[:100], "calls": event.count, "ms": 1e-3 * (event.self_device_time_total if cuda else event.self_cpu_time_total)}
+        for event in profile.key_averages()
+    ]
+    return sorted(kernels, key=lambda kernel: -kernel["ms"])[:count]
+
+
+@contextmanager
+def nothing_sent() -> Iterator[None]:
+    """Inside, collectives give every rank its own message as that of every other: the same local work, no network."""
+
+    class Arrived:
+        def wait(self) -> None:
+            return None
+
+    def gather(output: Tensor, own: Tensor, group: dist.ProcessGroup, **_: Any) -> Arrived:
+        output.view(group.size(), -1).copy_(own.view(1, -1).expand(group.size(), -1))
+        return Arrived()
+
+    def exchange(output: Tensor, *_: Any, **__: Any) -> Arrived:
+        output.zero_()
+        return Arrived()
+
+    before = dist.all_gather_into_tensor, dist.all_to_all_single
+    dist.all_gather_into_tensor, dist.all_to_all_single = gather, exchange
+    try:
+        yield
+    finally:
+        dist.all_gather_into_tensor, dist.all_to_all_single = before
 
 
 def _leaves(tensors: Tensors) -> Tensors:
@@ -159,18 +201,30 @@ def _difference(given: Tensor, wanted: Tensor) -> float:
     return float(difference / norm if norm > 0 else difference)
 
 
-def _median_ms(function: Callable[[], Any], repeats: int, device: torch.device, group: dist.ProcessGroup) -> float:
-    for _ in range(2):
+def _times(function: Callable[[], Any], repeats: int, device: torch.device, group: dist.ProcessGroup) -> tuple[float, float]:
+    """Milliseconds of a call on the device, median, and those that the host needs to start it."""
+    for _ in range(3):
         function()
-    times = []
-    for _ in range(repeats):
-        dist.barrier(group)
-        _synchronize(device)
-        start = time.perf_counter()
-        function()
-        _synchronize(device)
-        times.append(1e3 * (time.perf_counter() - start))
-    return statistics.median(times)
+    dist.barrier(group)
+    _synchronize(device)
+    if device.type != "cuda":
+        times = []
+        for _ in range(repeats):
+            start = time.perf_counter()
+            function()
+            times.append(1e3 * (time.perf_counter() - start))
+        return statistics.median(times), statistics.median(times)
+    torch.cuda._sleep(100_000_000)  # some 50 ms, in which the host gets ahead
+    events = [torch.cuda.Event(enable_timing=True) for _ in range(repeats + 1)]
+    start = time.perf_counter()
+    for i, event in enumerate(events):
+        if i > 0:
+            function()
+        if i == 3:  # further calls may fill the device's queue, and the host would wait
+            host = 1e3 * (time.perf_counter() - start) / 3
+        event.record()
+    _synchronize(device)
+    return statistics.median(a.elapsed_time(b) for a, b in itertools.pairwise(events)), host
 
 
 def _peak_bytes(function: Callable[[], Any], device: torch.device) -> float:
@@ -205,8 +259,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--head-dim", type=int, default=128)
     parser.add_argument("--slots", type=int, default=64)
     parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16")
-    parser.add_argument("--repeats", type=int, default=11)
+    parser.add_argument("--gates", choices=["usual", "slow"], default="usual", help="slow: nothing is ever forgotten, the worst case")
+    parser.add_argument("--repeats", type=int, default=15, help="at least 3")
     parser.add_argument("--check-tokens", type=int, default=1024, help="tokens of a shard in the check before the first timing")
+    parser.add_argument("--check-only", action="store_true", help="time nothing")
+    parser.add_argument("--kernels", type=int, default=25, help="how many kernels to list")
     parser.add_argument("--output", type=Path, metavar="JSON")
     arguments = parser.parse_args(argv)
     if "RANK" not in os.environ:
@@ -240,21 +297,36 @@ def benchmark(arguments: argparse.Namespace, window: int | None, device: torch.d
         window=window,
         exchange=choose_exchange(arguments.cp_comm_type, arguments.heads, group.size())[0],
         dtype=getattr(torch, arguments.dtype),
+        gates=arguments.gates,
     )
-    # As in the tests: roundings of 6e-8, or of 2e-3 (rms) at most four times on the way of a gradient.
-    allowed = 2e-6 if layer.dtype == torch.float32 else 8e-3
-    difference = _slowest(check(layer, arguments.check_tokens, device, group), device)
-    if not difference <= allowed:
-        print(f"error: the layer over {group.size()} ranks differs from one rank by {difference:.1e}, allowed {allowed}", file=sys.stderr)
-        return 1
-    rows = [measure(layer, tokens, arguments.repeats, device, group) for tokens in arguments.tokens_per_rank]
+    differences = {}
+    for dtype in dict.fromkeys((torch.float32, layer.dtype)):
+        # Sums of some thousand terms in another order, with roundings of 6e-8; or roundings of 2e-3 (rms) at most four times on the way
+        # of a gradient.
+        allowed = 5e-6 if dtype == torch.float32 else 8e-3
+        difference = _slowest(check(replace(layer, dtype=dtype), arguments.check_tokens, device, group), device)
+        if not difference <= allowed:
+            message = f"the layer over {group.size()} ranks differs from one rank by {difference:.1e} in {dtype}, allowed {allowed}"
+            print(f"error: {message}", file=sys.stderr)
+            return 1
+        differences[str(dtype)] = difference
+        if group.rank() == 0:
+            print(f"over {group.size()} ranks as on one in {dtype}: {difference:.1e}", file=sys.stderr, flush=True)
+    rows, kernels = [], []
+    if not arguments.check_only:
+        for tokens in arguments.tokens_per_rank:
+            rows.append(measure(layer, tokens, arguments.repeats, device, group))
+            if group.rank() == 0:
+                print(json.dumps(rows[-1]), file=sys.stderr, flush=True)
+        kernels = list_kernels(layer, arguments.tokens_per_rank[0], arguments.kernels, device, group)
     result = {
         "ranks": group.size(),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         "torch": torch.__version__,
         "layer": {name: str(value) if isinstance(value, torch.dtype) else value for name, value in vars(layer).items()},
-        "difference_from_one_rank": difference,
+        "difference_from_one_rank": differences,
         "rows": rows,
+        "kernels": kernels,
     }
     if group.rank() == 0:
         text = json.dumps(result, indent=2)

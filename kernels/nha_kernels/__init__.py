@@ -2,6 +2,7 @@
 
 import importlib.util
 
+from .continuation import ContinuedTokens, continue_attention
 from .conventions import LOG_GATE_MIN, clamp_log_gates
 from .decode import DecodeMemory, decode_memory, explain_decode_dispatch, nha_decode_step
 from .memory import Memory
@@ -11,10 +12,12 @@ from .triton.dispatch import explain_dispatch, refusal
 
 __all__ = [
     "LOG_GATE_MIN",
+    "ContinuedTokens",
     "DecodeMemory",
     "Memory",
     "attention_statistics",
     "clamp_log_gates",
+    "continue_attention",
     "decode_memory",
     "explain_decode_dispatch",
     "explain_dispatch",

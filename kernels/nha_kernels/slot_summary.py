@@ -1,7 +1,10 @@
 """What a run of tokens does to the slots, whatever they held before: the message of context parallelism."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from .conventions import accumulation_dtype, clamp_log_gates, write_strength
 from .triton.summary_dispatch import refusal_of_summary
@@ -18,11 +21,49 @@ def slot_summary(k: Tensor, v: Tensor, g: Tensor) -> tuple[Tensor, Tensor, Tenso
     Returns:
         log_decay [B, H, M], update_keys [B, H, M, K], update_values [B, H, M, V] in float32 (float64 for float64). Differentiable.
     """
-    if refusal_of_summary(k, v, g) is None:
-        from .triton.summary import slot_summary_on_gpu
+    if refusal_of_summary(k, v, g) is not None:
+        return summary_in_pytorch(k, v, g)
+    update_keys, update_values, log_decay = _Summary.apply(k, v, g).split([k.shape[-1], v.shape[-1], 1], dim=-1)
+    return log_decay.squeeze(-1), update_keys, update_values
 
-        return slot_summary_on_gpu(k, v, g)
-    return summary_in_pytorch(k, v, g)
+
+def summarise_slots(k: Tensor, v: Tensor, g: Tensor, out: Tensor) -> tuple[Tensor, ...]:
+    """Writes the summary to `out` [B, H, M, K + V + 1] (contiguous): update of keys, update of values, log-decay.
+
+    Not differentiable: its derivative is `add_summary_gradients`, which wants what is returned here.
+    """
+    with torch.no_grad():
+        if refusal_of_summary(k, v, g) is None:
+            from .triton.summary import summarise_on_gpu
+
+            return summarise_on_gpu(k, v, g, out)
+        log_decay, *updates = summary_in_pytorch(k, v, g)
+        torch.cat([*updates, log_decay.unsqueeze(-1)], dim=-1, out=out)
+    return ()
+
+
+def add_summary_gradients(
+    k: Tensor, v: Tensor, g: Tensor, kept: tuple[Tensor, ...], d_summary: Tensor, dk: Tensor, dv: Tensor, dg: Tensor
+) -> None:
+    """Adds the gradients of k, v and g to dk, dv and dg in place.
+
+    Args:
+        k, v, g: as given to `summarise_slots`. kept: what it returned.
+        d_summary: gradient of what it wrote.
+        dk, dv, dg: [B, T, H, .] of the dtypes of k, v and g; channels without gaps.
+    """
+    if kept:
+        from .triton.summary_backward import add_summary_gradients_on_gpu
+
+        add_summary_gradients_on_gpu(k, v, g, kept, d_summary, dk, dv, dg)
+        return
+    with torch.enable_grad():
+        leaves = [x.detach().requires_grad_() for x in (k, v, g)]
+        outputs = summary_in_pytorch(*leaves)
+    d_keys, d_values, d_log_decay = d_summary.split([k.shape[-1], v.shape[-1], 1], dim=-1)
+    gradients = torch.autograd.grad(outputs, leaves, (d_log_decay.squeeze(-1), d_keys, d_values))
+    for total, gradient in zip((dk, dv, dg), gradients, strict=True):
+        total += gradient
 
 
 def summary_in_pytorch(k: Tensor, v: Tensor, g: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -35,3 +76,22 @@ def summary_in_pytorch(k: Tensor, v: Tensor, g: Tensor) -> tuple[Tensor, Tensor,
     after = torch.cat([from_here[:, 1:], torch.zeros_like(from_here[:, :1])], dim=1) if g.shape[1] else from_here
     weights = (write_strength(g) * torch.exp(after)).permute(0, 2, 3, 1)  # [B, H, M, T]
     return g.sum(1), weights @ k.to(dtype).permute(0, 2, 1, 3), weights @ v.to(dtype).permute(0, 2, 1, 3)
+
+
+class _Summary(torch.autograd.Function):
+    """[B, H, M, K + V + 1]"""
+
+    @staticmethod
+    def forward(ctx: Any, k: Tensor, v: Tensor, g: Tensor) -> Tensor:
+        batch, _, heads, slots = g.shape
+        out = k.new_empty(batch, heads, slots, k.shape[-1] + v.shape[-1] + 1, dtype=accumulation_dtype(k.dtype))
+        ctx.save_for_backward(k, v, g, *summarise_slots(k, v, g, out))
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_summary: Tensor) -> tuple[Tensor, ...]:
+        k, v, g, *kept = ctx.saved_tensors
+        gradients = tuple(torch.zeros(x.shape, dtype=x.dtype, device=x.device) for x in (k, v, g))
+        add_summary_gradients(k, v, g, tuple(kept), d_summary, *gradients)
+        return gradients

@@ -1,7 +1,7 @@
 """Composing slots from announced pieces, and its derivative. Local arithmetic on gathered tensors.
 
 A piece of tokens maps the slots before it to exp(log_decay) * slots + update. Both travel in one tensor with the channels
-[log_decay | update of slot keys | update of slot values], C = 1 + K + V, in float32 (float64 for float64).
+[update of slot keys | update of slot values | log_decay], C = K + V + 1, in float32 (float64 for float64).
 """
 
 import torch
@@ -18,10 +18,14 @@ def compose_slots(announced: Tensor, pieces: range) -> Tensor:
         pieces: consecutive numbers; none gives empty slots.
 
     Returns:
-        [B, H, M, C]: log-decay of all of them, slot keys and slot values.
+        [B, H, M, C]: slot keys, slot values and log-decay of all of them. A tensor of its own: `announced` may go.
     """
-    log_decay, update = announced[pieces.start : pieces.stop].split([1, announced.shape[-1] - 1], dim=-1)
-    return torch.cat([log_decay.sum(0), (torch.exp(_sums_behind(log_decay)) * update).sum(0)], dim=-1)
+    if len(pieces) == 1:
+        return announced[pieces.start].clone()
+    if not pieces:
+        return announced.new_zeros(announced.shape[1:])
+    update, log_decay = announced[pieces.start : pieces.stop].split([announced.shape[-1] - 1, 1], dim=-1)
+    return torch.cat([(torch.exp(_sums_behind(log_decay)) * update).sum(0), log_decay.sum(0)], dim=-1)
 
 
 def piece_gradient(plan: ContextParallelPlan, piece: Piece, slot_gradients: Tensor, log_decays: Tensor, slots_before: Tensor) -> Tensor:
@@ -39,12 +43,14 @@ def piece_gradient(plan: ContextParallelPlan, piece: Piece, slot_gradients: Tens
         [B, H, M, C].
     """
     consumers = slot_gradients[piece.consumers.start : piece.consumers.stop]
-    d_log_decay, d_slots = consumers.split([1, consumers.shape[-1] - 1], dim=-1)
+    if len(consumers) == 1 and not piece.followers and not piece.before:
+        return consumers[0]
+    d_slots, d_log_decay = consumers.split([consumers.shape[-1] - 1, 1], dim=-1)
     last = piece.number + 1 + piece.followers + max(len(piece.consumers) - 1, 0) * len(plan.pieces)
     behind = _sums_up_to(log_decays[piece.number + 1 : last])[piece.followers :: len(plan.pieces)]
     d_update = (torch.exp(behind[: len(piece.consumers)]) * d_slots).sum(0)
-    decayed = torch.exp(log_decays[piece.number]) * slots_before[..., 1:]
-    return torch.cat([d_log_decay.sum(0) + (d_update * decayed).sum(-1, keepdim=True), d_update], dim=-1)
+    decayed = torch.exp(log_decays[piece.number]) * slots_before[..., :-1]
+    return torch.cat([d_update, d_log_decay.sum(0) + (d_update * decayed).sum(-1, keepdim=True)], dim=-1)
 
 
 # Sums are added up, never formed as differences of cumulative sums: a piece of a million tokens with closed gates has a log-decay

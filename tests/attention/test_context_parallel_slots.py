@@ -13,7 +13,7 @@ SHAPE = (2, 1, 3, 5)  # B, H, M, C
 
 def random_pieces(count: int, seed: int = 0) -> Tensor:
     pieces = torch.randn(count, *SHAPE, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-    pieces[..., 0] = -pieces[..., 0].abs()
+    pieces[..., -1] = -pieces[..., -1].abs()
     return pieces
 
 
@@ -21,11 +21,11 @@ def test_composition_is_the_recurrence_over_pieces() -> None:
     pieces = random_pieces(6)
     slots, log_decay = torch.zeros(*SHAPE[:-1], SHAPE[-1] - 1, dtype=torch.float64), torch.zeros(*SHAPE[:-1], dtype=torch.float64)
     for piece in pieces[1:5]:
-        slots, log_decay = torch.exp(piece[..., :1]) * slots + piece[..., 1:], log_decay + piece[..., 0]
+        slots, log_decay = torch.exp(piece[..., -1:]) * slots + piece[..., :-1], log_decay + piece[..., -1]
     composed = compose_slots(pieces, range(1, 5))
     # Four products and sums in another order: a few float64 roundings.
-    torch.testing.assert_close(composed[..., 1:], slots, rtol=1e-14, atol=1e-14)
-    torch.testing.assert_close(composed[..., 0], log_decay, rtol=1e-14, atol=1e-14)
+    torch.testing.assert_close(composed[..., :-1], slots, rtol=1e-14, atol=1e-14)
+    torch.testing.assert_close(composed[..., -1], log_decay, rtol=1e-14, atol=1e-14)
 
 
 def test_no_pieces_give_empty_slots() -> None:
@@ -34,9 +34,9 @@ def test_no_pieces_give_empty_slots() -> None:
 
 def test_a_huge_log_decay_ahead_does_not_disturb_what_is_written_behind_it() -> None:
     pieces = random_pieces(3).float()
-    slots = compose_slots(pieces, range(3))[..., 1:]
-    pieces[0, ..., 0] = -4e7  # a million closed gates; differences of cumulative float32 sums would be off by up to 2
-    assert torch.equal(compose_slots(pieces, range(3))[..., 1:], slots)
+    slots = compose_slots(pieces, range(3))[..., :-1]
+    pieces[0, ..., -1] = -4e7  # a million closed gates; differences of cumulative float32 sums would be off by up to 2
+    assert torch.equal(compose_slots(pieces, range(3))[..., :-1], slots)
 
 
 @settings(max_examples=150, deadline=None)
@@ -50,10 +50,11 @@ def test_the_derivative_equals_autograd_through_the_composition(layout: tuple) -
     announced = random_pieces(sum(len(plan.pieces) for plan in plans)).requires_grad_()
     slot_gradients = random_pieces(num_ranks, seed=1)
     slots = torch.stack([compose_slots(announced, plan.initial) for plan in plans])
-    (wanted,) = torch.autograd.grad(slots, announced, slot_gradients)
+    (wanted,) = torch.autograd.grad(slots, announced, slot_gradients) if slots.requires_grad else (None,)
     for plan in plans:
         for piece in plan.pieces:
+            assert wanted is not None, "a piece is announced only where some rank composes it"
             before = compose_slots(announced.detach(), piece.before)
-            given_ = piece_gradient(plan, piece, slot_gradients, announced.detach()[..., :1], before)
+            given_ = piece_gradient(plan, piece, slot_gradients, announced.detach()[..., -1:], before)
             # The same sums of at most 12 terms in another order.
             assert relative_error(given_, wanted[piece.number]) <= 1e-13

@@ -66,12 +66,14 @@ def test_decode_kernels_compile(capability: int) -> None:
 
 @pytest.mark.parametrize("capability", SHARED_BYTES)
 def test_summary_kernels_compile(capability: int) -> None:
-    from nha_kernels.triton.summary import slot_summary_on_gpu
+    from nha_kernels.triton.summary import summarise_on_gpu
+    from nha_kernels.triton.summary_backward import add_summary_gradients_on_gpu
 
-    k, v = (torch.zeros(1, 600, 2, 128, dtype=torch.bfloat16, requires_grad=True) for _ in range(2))
+    k, v = (torch.zeros(1, 600, 2, 128, dtype=torch.bfloat16) for _ in range(2))
+    g, summary = torch.zeros(1, 600, 2, 64), torch.zeros(1, 2, 64, 257)
     with recorded() as launches:
-        sum(x.sum() for x in slot_summary_on_gpu(k, v, torch.zeros(1, 600, 2, 64, requires_grad=True))).backward()
-    assert len(launches) == 5
+        add_summary_gradients_on_gpu(k, v, g, summarise_on_gpu(k, v, g, summary), summary, k, v, g)
+    assert len(launches) == 6
     assert_compile(launches, capability)
 
 

@@ -11,7 +11,14 @@ pytest.importorskip("triton", reason="triton is not installed: the kernels' arit
 
 
 @pytest.mark.parametrize(
-    "file", ["triton_interpreter_cases.py", "triton_wide_cases.py", "triton_decode_cases.py", "triton_summary_cases.py"]
+    "file",
+    [
+        "triton_interpreter_cases.py",
+        "triton_wide_cases.py",
+        "triton_continuation_cases.py",
+        "triton_decode_cases.py",
+        "triton_summary_cases.py",
+    ],
 )
 def test_kernels_equal_plain_pytorch(file: str) -> None:
     cases = pathlib.Path(__file__).with_name(file)
