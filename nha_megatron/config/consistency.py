@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from .deepspeed import settings_without_engine
+from .gradient_fusion import fusion_problems
 
 if TYPE_CHECKING:
     from .data import DataConfig
@@ -42,6 +43,7 @@ def problems(sections: Mapping[str, Any]) -> list[str]:
             _schedule_sizes,
             _validation,
             settings_without_engine,
+            fusion_problems,
         ],
         sections,
     )

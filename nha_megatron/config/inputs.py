@@ -4,6 +4,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from .errors import ConfigError, problems_message
+from .gradient_fusion import missing_extension
 from .run import RunConfig
 from .stage_plan import plan_stages
 
@@ -34,7 +35,8 @@ def missing_inputs(config: RunConfig) -> list[str]:
             "training.engine deepspeed: the package deepspeed is not installed; pip install 'nha-megatron[deepspeed]', or set "
             "training.engine=megatron"
         )
-    return missing
+    extension = missing_extension(config.training)
+    return missing if extension is None else [*missing, extension]
 
 
 def require_inputs(config: RunConfig) -> None:

@@ -4,6 +4,7 @@ import math
 
 from . import arithmetic
 from .full_layers import exchange_bytes
+from .gradient_fusion import expectation
 from .inputs import missing_inputs
 from .load import dump_config
 from .memory import RankMemory, estimate_memory
@@ -29,6 +30,7 @@ def check_report(config: RunConfig, world_size: int | None = None) -> str:
             f"{name}batches and messages": _stage_lines(stage, world),
             f"{name}memory of the fullest rank, estimated": _memory_lines(estimate_memory(stage.config, world)),
         }
+    facts["gradient accumulation fusion"] = [expectation(config.training)]
     facts["not found (needed before pretrain)"] = missing_inputs(config)
     comments = [line for title, lines in facts.items() if lines for line in ("#", f"# {title}", *(f"#   {line}" for line in lines))]
     return dump_config(config) + "\n".join(comments)

@@ -35,6 +35,9 @@ class TrainingConfig(Section):
     """Of weights and activations; gradients, optimizer state, softmax and slots are fp32 in both."""
     recompute: Literal["none", "selective", "full"] = "none"
     """What the backward computes again instead of keeping: nothing, the attention operator, or whole layers."""
+    gradient_accumulation_fusion: Literal["auto", True, False] = "auto"
+    """Add weight gradients to the fp32 gradient inside the matrix product: on CUDA, with an extension of NVIDIA Apex. auto: where it is
+    installed."""
     engine: Literal["megatron", "deepspeed"] = "megatron"
     """Who owns the optimizer, gradient reduction and precision."""
     deepspeed: DeepSpeedSettings | None = None

@@ -36,6 +36,8 @@ class Engine(Protocol):
     device: torch.device
     model_chunks: list[nn.Module]
     """The model on this rank: one module, or one per virtual pipeline stage."""
+    choices: list[str]
+    """What the engine chose by itself, and why: lines for the start of a run."""
 
     def begin_stage(self, config: RunConfig) -> None:
         """Takes over what a stage of the run may change (config/stages.py): sequence length and batch sizes."""

@@ -55,6 +55,7 @@ class DeepSpeedEngine:
         self.config = config
         self.device = device
         self.layout = layout
+        self.choices: list[str] = []
         package = import_deepspeed(device)
         (self._twin,) = build_model(config, _META, layout.groups)
         settings = deepspeed_config(config, sum(parameter.numel() for parameter in self._twin.parameters()))

@@ -29,6 +29,7 @@ from nha_megatron.engine.checkpoint_remedies import (
 from nha_megatron.engine.deepspeed_state import as_megatron_state
 from nha_megatron.engine.finite import finite_on_all_ranks
 from nha_megatron.engine.forward import forward_batch
+from nha_megatron.engine.gradient_fusion import choose_gradient_fusion
 from nha_megatron.engine.layout import Layout
 from nha_megatron.model.build import build_model
 from nha_megatron.model.initialize import initialize_weights
@@ -54,7 +55,9 @@ class MegatronEngine:
         self.config = config
         self.device = device
         self.layout = layout
-        chunks = build_model(config, device, layout.groups)
+        fuse_gradients, reason = choose_gradient_fusion(config.training, device)
+        self.choices = [f"gradient accumulation fusion: {'on' if fuse_gradients else 'off'}, {reason}"]
+        chunks = build_model(config, device, layout.groups, fuse_gradients=fuse_gradients)
         initialize_weights(chunks, config.model, config.training.seed, layout.tp_rank, layout.tp_size)
         self.model_chunks: list[nn.Module] = self._wrap(chunks)
         self.optimizer = self._make_optimizer()

@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
-def transformer_config(config: RunConfig) -> TransformerConfig:
-    """Megatron's configuration of the run: local layers, no fused kernels that need Apex or TransformerEngine."""
+def transformer_config(config: RunConfig, *, fuse_gradients: bool = False) -> TransformerConfig:
+    """Megatron's configuration of the run: local layers, no fused kernels that need Apex or TransformerEngine, but for `fuse_gradients`."""
     model, parallel, training = config.model, config.parallel, config.training
     dtype = _DTYPES[training.precision]
     virtual_stages = parallel.virtual_pipeline or 1
@@ -65,7 +65,7 @@ def transformer_config(config: RunConfig) -> TransformerConfig:
         # Checkpoint keys carry the layer number, so that layers of one stack may differ.
         hetereogenous_dist_checkpoint=True,
         # The fused forms need Apex, or torch.compile on the CPU.
-        gradient_accumulation_fusion=False,
+        gradient_accumulation_fusion=fuse_gradients,
         bias_activation_fusion=False,
         bias_dropout_fusion=False,
         masked_softmax_fusion=False,
@@ -73,9 +73,14 @@ def transformer_config(config: RunConfig) -> TransformerConfig:
     )
 
 
-def build_model(config: RunConfig, device: torch.device, groups: ProcessGroupCollection) -> list[LanguageModel]:
-    """This rank's model chunks with uninitialised weights on `device`: one, or `virtual_pipeline` of them when interleaved."""
-    megatron_config = transformer_config(config)
+def build_model(
+    config: RunConfig, device: torch.device, groups: ProcessGroupCollection, *, fuse_gradients: bool = False
+) -> list[LanguageModel]:
+    """This rank's model chunks with uninitialised weights on `device`: one, or `virtual_pipeline` of them when interleaved.
+
+    fuse_gradients: linear layers add their gradients to the `main_grad` of Megatron's DistributedDataParallel (engine/gradient_fusion.py).
+    """
+    megatron_config = transformer_config(config, fuse_gradients=fuse_gradients)
     pp_rank, pp_size = groups.pp.rank(), groups.pp.size()
     virtual_stages = config.parallel.virtual_pipeline or 1
     chunks = []

@@ -101,6 +101,8 @@ def begin_phase(
     """Builds the model as `built`, the configuration of the phase's first stage, and continues from `checkpoint` or starts anew."""
     engine = create_engine(built, layout.device, layout)
     say(f"{layout.describe()} on {layout.device.type}, {config.model.num_parameters():,} parameters")
+    for choice in engine.choices:
+        say(choice)
     zero = zero_settings(config.training)
     if zero is not None:
         say(f"engine deepspeed, ZeRO stage {zero.stage}")
