@@ -2,8 +2,8 @@
 
     PYTHONPATH=kernels python kernels/benchmarks/bench_wide.py [--output kernels/benchmarks/results] [--libraries cudnn,torch-flash]
 
-HQ 32, H 8, D 128, M 64, bf16, B 1, milliseconds forward / forward and backward of the whole operator (rotation, window, slots, merge), medians
-between device events, CUDA graphs where a library can be captured. Each output is first compared with that of PyTorch's flash kernel.
+HQ 32, H 8, D 128, M 64, bf16, B 1, milliseconds forward / forward and backward of the whole operator (rotation, window, slots, merge),
+medians between device events, CUDA graphs where a library can be captured. Outputs are first compared with PyTorch's flash kernel.
 """
 
 import argparse
