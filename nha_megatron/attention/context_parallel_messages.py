@@ -58,7 +58,7 @@ def _packs(plan: ContextParallelPlan, like: Tokens) -> bool:
     """Known on every rank alike: documents shorten what a rank receives, but are not asked for."""
     token_bytes = sum(x.shape[0] * x.shape[2:].numel() * x.element_size() for x in like)
     wasted = (plan.num_ranks - 2) * plan.window * token_bytes
-    return 0 < plan.window <= plan.tokens_per_rank and len(plan.pieces) > 0 and wasted <= _MOST_WASTED_BYTES
+    return plan.window <= plan.tokens_per_rank and len(plan.pieces) > 0 and wasted <= _MOST_WASTED_BYTES
 
 
 class _Layout:

@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from nha_megatron.attention import context_parallel_messages
 from nha_megatron.attention.context_parallel_exchange import context_parallel_attention, context_parallel_statistics, fetch_memory
 from nha_megatron.attention.context_parallel_plan import plan_context_parallel
 from nha_megatron.config import ConfigError, ModelConfig
@@ -128,6 +129,49 @@ def test_rows_of_a_batch_have_documents_of_their_own(ranks: RankPool, num_ranks:
     for row, cu_seqlens in enumerate([(0, 2, tokens - 1, tokens), (0, 3, tokens)]):
         wanted = on_one_rank(dataclasses.replace(case, cu_seqlens=cu_seqlens), row=row)
         assert_close({name: value[row : row + 1] for name, value in given.items()}, wanted, FLOAT64, case)
+
+
+def in_two_messages(cases: list[Case]) -> list[Results]:
+    """As on many ranks, or with large halos: nothing more is sent than needed."""
+    allowed, context_parallel_messages._MOST_WASTED_BYTES = context_parallel_messages._MOST_WASTED_BYTES, -1
+    try:
+        return on_this_rank(cases, "torch")
+    finally:
+        context_parallel_messages._MOST_WASTED_BYTES = allowed
+
+
+def test_two_messages_equal_one_packed_message(ranks: RankPool) -> None:
+    documents = (None, (0, 7, 20), DOCUMENTS["around shard edges"])
+    cases = [Case(4, 4 * SHARD, w, batch=2 - bool(d), cu_seqlens=d, empty_slots="weight") for w in (0, 3, SHARD) for d in documents]
+    packed, separate = across_ranks(ranks, cases), zip(*ranks.run(4, in_two_messages, cases=cases), strict=True)
+    for of_packed, of_separate in zip(packed, separate, strict=True):
+        joined = join_shards(list(of_separate))
+        assert all(torch.equal(joined[name], of_packed[name]) for name in joined)
+
+
+def gradients_of_shared_inputs(case: Case) -> dict[str, torch.Tensor]:
+    """Keys and values are parts of one tensor, the loss also reads the keys themselves; two backwards through one graph."""
+    group = dist.group.WORLD
+    assert group is not None
+    (q, k, _, g), d_out = case.sequence()
+    q, source, g = (x.chunk(group.size(), dim=1)[group.rank()].requires_grad_() for x in (q, k, g))
+    k, seen = source * 1.0, []
+    k.register_hook(lambda gradient: seen.append((gradient, gradient.clone())))
+    out = context_parallel_attention(q, k, k[..., :8], g, group=group, **case.options)
+    loss = (out * d_out.chunk(group.size(), dim=1)[group.rank()]).sum() + k.square().sum()
+    first = torch.autograd.grad(loss, (q, source, g), retain_graph=True)
+    second = torch.autograd.grad(loss, (q, source, g))
+    assert all(torch.equal(*pair) for pair in zip(first, second, strict=True))
+    assert all(torch.equal(*pair) for pair in seen), "a gradient that a hook has kept was written to afterwards"
+    return dict(zip(("dq", "dk", "dg"), first, strict=True))
+
+
+@pytest.mark.parametrize("window", [0, 3, SHARD + 1])
+def test_gradients_added_in_place_disturb_no_other_use_of_the_inputs(ranks: RankPool, window: int) -> None:
+    case = Case(3, 3 * SHARD, window, batch=2)
+    given = join_shards(ranks.run(3, gradients_of_shared_inputs, case=case))
+    (wanted,) = ranks.run(1, gradients_of_shared_inputs, case=case)
+    assert_close(given, wanted, FLOAT64, case)
 
 
 def statistics_of_this_rank(case: Case) -> dict[str, torch.Tensor]:
