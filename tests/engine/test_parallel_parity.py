@@ -26,7 +26,9 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "cp2": (2, CP),
     "cp4": (4, CP4),
     "tp2_cp2": (4, TP | CP),
+    "tp2_sp_cp2": (4, SP | CP),
     "pp2_cp2": (4, PP | CP),
+    "interleaved_cp2": (4, INTERLEAVED | CP),
     "tp2_pp2": (4, SP | PP),
     "dp2_tp2": (4, SP),
     "dp2_cp2": (4, CP),
@@ -34,8 +36,10 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "tp2_pp2_cp2": (8, SP | PP | CP),
     "tp2_interleaved_cp2": (8, SP | INTERLEAVED | CP),
     "dp2_tp2_cp2": (8, SP | CP),
+    "dp2_interleaved_cp2": (8, INTERLEAVED | CP),
+    "dp2_tp2_interleaved_cp2": (16, SP | INTERLEAVED | CP),
 }
-SLOW = {"tp2_pp2_cp2", "tp2_interleaved_cp2", "dp2_tp2_cp2"}  # three axes at a time
+SLOW = {name for name, (world_size, _) in LAYOUTS.items() if world_size > 4}  # three axes at a time, and all at once
 
 # A model as it comes out of a pretrained language model, with every option that a from-scratch model does not use.
 CONVERTED = {"qk_norm": "rms", "qkv_bias": True, "output_norm": "none", "value_activation": "none", "empty_slots": "mask"}
@@ -58,6 +62,7 @@ VARIANTS: dict[str, tuple[dict[str, dict[str, Any]], dict[str, Any]]] = {
     "documents": ({"training": {"micro_batch_size": 2}}, {"documents": True}),
     # Over a shard of CP 2 (32 tokens), as wide as the sequence, and one token over a shard.
     "wide_windows": ({"model": {"window": "40,3,64,33"}}, {}),
+    "recomputed_layers": ({"training": {"micro_batch_size": 2, "recompute": "full"}}, {"documents": True}),
     "recomputed": ({"model": {"window": "40,3,0,7"}, "training": {"micro_batch_size": 2, "recompute": "selective"}}, {"documents": True}),
 }
 
@@ -151,6 +156,11 @@ def test_layout_trains_like_one_rank(ranks: RankPool, one_rank: Callable[[str], 
         slow("cp4", "recomputed"),
         slow("tp2_pp2_cp2", "documents"),
         slow("tp2_interleaved_cp2", "recomputed"),
+        slow("dp2_tp2_cp2", "recomputed"),
+        slow("tp2_pp2_cp2", "recomputed_layers"),
+        slow("dp2_interleaved_cp2", "recomputed_layers"),
+        slow("dp2_tp2_interleaved_cp2", "full_layers_gathered"),
+        slow("dp2_tp2_interleaved_cp2", "documents"),
         slow("pp2_interleaved", "full_layer"),
         slow("cp4", "full_layer"),
         slow("tp2_pp2_cp2", "full_layer"),

@@ -90,14 +90,18 @@ def test_layer_statistics_do_not_depend_on_the_layout(ranks: RankPool, tmp_path:
             assert record[statistic] == pytest.approx(reference[statistic], rel=1e-5), (name, statistic)
 
 
-def test_isolated_documents_of_token_files_train_alike_over_context_ranks(ranks: RankPool, tmp_path: Path) -> None:
-    """Documents of 20 to 60 tokens in rows of 32: most of them lie on both ranks, or begin in a row and end in the next."""
+@pytest.mark.parametrize(("packing", "tokens"), [("concat", 32), ("best_fit", 96)])
+def test_isolated_documents_of_token_files_train_alike_over_context_ranks(
+    ranks: RankPool, tmp_path: Path, packing: str, tokens: int
+) -> None:
+    """Documents of 20 to 60 tokens. In rows of 32 most of them lie on both ranks, or begin in a row and end in the next; in rows of 96
+    they are packed whole, and the rest is padding."""
     small_run.write_corpus(tmp_path)
     training = {"steps": 3, "micro_batch_size": 2}
     for name, world in (("one", 1), ("two", 2)):
         plain = small_run.settings(
             tmp_path,
-            data={"packing": "concat"},
+            data={"packing": packing, "sequence_length": tokens},
             training=training,
             parallel={"context": world},
             logging={"directory": str(tmp_path / name), "layer_statistics": 1},
