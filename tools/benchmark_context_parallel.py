@@ -8,6 +8,7 @@ Every rank holds a shard of the given length. Times are forward and backward, me
     one_rank_ms           the operator on the shard alone
     all_ranks_ms          the layer over all ranks; what it takes more is not hidden by compute
     without_sending_ms    the same with every message replaced by a local copy: the difference is what the network costs
+    projected_*_ms        the same two with the projections before and after the operator, weights' gradients included
 
 Nothing is timed before the layer over all ranks has given one rank's outputs and gradients, in float32 and in the timed precision.
 Of a `full` layer, whose work grows with the whole sequence, `one_rank_ms` is one rank's even part: the whole sequence over the ranks.
@@ -54,6 +55,7 @@ class Layer:
     head_dim: int
     slots: int
     window: int | None
+    hidden_size: int
     exchange: str
     dtype: torch.dtype
     gates: str
@@ -84,6 +86,23 @@ class Layer:
             return full_attention_over_ranks(*tensors, group=group, exchange=self.exchange, **options)  # type: ignore[arg-type]
         return context_parallel_attention(*tensors, window=self.window, group=group, **options)
 
+    def draw_weights(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+        """Of queries with keys and values, of gates, and of the output."""
+        generator = torch.Generator(device).manual_seed(0)
+        heads, hidden = self.heads + 2 * self.kv_heads, self.hidden_size
+        shapes = ((heads * self.head_dim, hidden), (self.kv_heads * self.slots, hidden), (hidden, self.heads * self.head_dim))
+        weights = (torch.randn(*shape, generator=generator, device=device) * shape[1] ** -0.5 for shape in shapes)
+        qkv, gate, out = (weight.to(self.dtype).requires_grad_() for weight in weights)
+        return qkv, gate, out
+
+    def project(self, hidden: Tensor, weights: tuple[Tensor, Tensor, Tensor], attend: Callable[[Tensors], Tensor]) -> Tensor:
+        """hidden [1, T, hidden_size] -> the same, as `nha_megatron/attention/layer.py`: keys and values are parts of one projection."""
+        qkv = F.linear(hidden, weights[0]).unflatten(-1, (self.kv_heads, -1, self.head_dim))
+        q, k, v = qkv.split([self.heads // self.kv_heads, 1, 1], dim=-2)
+        z = F.linear(hidden, weights[1]).float().unflatten(-1, (self.kv_heads, self.slots))
+        g = F.logsigmoid(4 * z) / 8 if self.gates == "usual" else -1e-7 * z.abs()
+        return F.linear(attend((q.flatten(2, 3), k.squeeze(-2), v.squeeze(-2), g)).flatten(2), weights[2])
+
     def bytes_sent(self, tokens: int, ranks: int) -> int:
         """Bytes that an inner rank hands out in the forward."""
         model = ModelConfig(
@@ -110,7 +129,9 @@ def check(layer: Layer, tokens: int, device: torch.device, group: dist.ProcessGr
     wanted = layer.on_one_rank(whole)
     wanted_gradients = torch.autograd.grad(wanted, whole, d_out)
     shard = _leaves(tuple(x[:, mine] for x in whole))
-    given = layer.over_ranks(shard, group)
+    # Keys and values lie beside each other, as parts of one projection do.
+    k, v = torch.cat(shard[1:3], dim=-1).split([layer.head_dim] * 2, dim=-1)
+    given = layer.over_ranks((shard[0], k, v, shard[3]), group)
     gradients = torch.autograd.grad(given, shard, d_out[:, mine])
     pairs = zip((given, *gradients), (wanted, *wanted_gradients), strict=True)
     return max(_difference(mine_given, of_all[:, mine]) for mine_given, of_all in pairs)
@@ -140,6 +161,8 @@ def measure(layer: Layer, tokens: int, repeats: int, device: torch.device, group
         with nothing_sent():
             row["without_sending_ms"] = _slowest(_times(over_ranks, repeats, device, group)[0], device)
         row["sending_ms"] = row["all_ranks_ms"] - row["without_sending_ms"]
+    if layer.window is not None and layer.hidden_size:
+        row |= _measure_projected(layer, tokens, repeats, device, group)
     for name in ("one_rank", "all_ranks"):
         row[f"{name}_tokens_per_second_per_rank"] = 1e3 * tokens / row[f"{name}_ms"]
     return row | {
@@ -147,6 +170,21 @@ def measure(layer: Layer, tokens: int, repeats: int, device: torch.device, group
         "efficiency": row["one_rank_ms"] / row["all_ranks_ms"],
         "bytes_sent": layer.bytes_sent(tokens, ranks),
     }
+
+
+def _measure_projected(layer: Layer, tokens: int, repeats: int, device: torch.device, group: dist.ProcessGroup) -> dict[str, float]:
+    weights = layer.draw_weights(device)
+    hidden = torch.randn(1, tokens, layer.hidden_size, device=device).to(layer.dtype).requires_grad_()
+    d_out = torch.randn_like(hidden)
+
+    def timed(attend: Callable[[Tensors], Tensor]) -> float:
+        def run() -> Any:
+            return torch.autograd.grad(layer.project(hidden, weights, attend), (hidden, *weights), d_out)
+
+        return _slowest(_times(run, repeats, device, group)[0], device)
+
+    one, all_ = timed(layer.on_one_rank), timed(lambda tensors: layer.over_ranks(tensors, group))
+    return {"projected_one_rank_ms": one, "projected_all_ranks_ms": all_, "projected_efficiency": one / all_}
 
 
 def list_kernels(layer: Layer, tokens: int, count: int, device: torch.device, group: dist.ProcessGroup) -> list[dict[str, Any]]:
@@ -259,6 +297,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--head-dim", type=int, default=128)
     parser.add_argument("--slots", type=int, default=64)
     parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16")
+    parser.add_argument("--hidden-size", type=int, default=4096, help="of the projections; 0 leaves them out")
     parser.add_argument("--gates", choices=["usual", "slow"], default="usual", help="slow: nothing is ever forgotten, the worst case")
     parser.add_argument("--repeats", type=int, default=15, help="at least 3")
     parser.add_argument("--check-tokens", type=int, default=1024, help="tokens of a shard in the check before the first timing")
@@ -295,6 +334,7 @@ def benchmark(arguments: argparse.Namespace, window: int | None, device: torch.d
         head_dim=arguments.head_dim,
         slots=arguments.slots,
         window=window,
+        hidden_size=arguments.hidden_size,
         exchange=choose_exchange(arguments.cp_comm_type, arguments.heads, group.size())[0],
         dtype=getattr(torch, arguments.dtype),
         gates=arguments.gates,

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 TOOL = Path(__file__).parents[2] / "tools" / "benchmark_context_parallel.py"
-SIZES = {"tokens-per-rank": 32, "heads": 4, "kv-heads": 2, "head-dim": 8, "slots": 4, "repeats": 3, "check-tokens": 24}
+SIZES = {"tokens-per-rank": 32, "heads": 4, "kv-heads": 2, "head-dim": 8, "slots": 4, "repeats": 3, "hidden-size": 16, "check-tokens": 24}
 SMALL = ["--dtype", "float32", *(word for name, value in SIZES.items() for word in (f"--{name}", str(value)))]
 
 
