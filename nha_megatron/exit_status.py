@@ -8,8 +8,8 @@
     75   stopped on request and saved (a signal; sysexits.h calls it EX_TEMPFAIL): start the same command again to continue
 
 torchrun restarts all ranks when one exits with anything but 0, and returns 1 for every failure; DeepSpeed's launcher returns 0
-when a rank was killed. So launch/*.sh name a file in NHA_EXIT_NOTE, a process that ended as all ranks agreed to (0, 3, 75) writes
-its status there and exits with 0, and the script returns what the file says.
+when a rank was killed. So launch/*.sh name a file in NHA_EXIT_NOTE, a process that ended as all ranks agreed to (0, 3, 75, the verdict
+of a health check) writes its status there and exits with 0, and the script returns what the file says.
 """
 
 import os
@@ -27,7 +27,7 @@ NOTE = "NHA_EXIT_NOTE"
 def pass_on(status: int) -> int:
     """What the process exits with: `status`, or 0 with `status` left in the launcher's note. All ranks of a node leave the same note."""
     note = os.environ.get(NOTE)
-    if note is None or status not in (COMPLETE, GIVEN_UP, STOPPED):
+    if note is None:
         return status
     Path(note).write_text(f"{status}\n")
     return COMPLETE

@@ -6,6 +6,7 @@ hangs or fails is named by rank 0 instead of hanging the others. Then clocks, su
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import platform
@@ -33,14 +34,25 @@ DISK_BYTES = 16 * 2**20
 def check_health(config: RunConfig, say: Callable[[str], None] = print) -> bool:
     """Tests all nodes of the job; rank 0 says one table and what is wrong. True: nothing is broken. Collective."""
     store, rank, world = _meet()
+    sound = _check(config, store, rank, world, say)
+    with contextlib.suppress(dist.DistError):  # rank 0 has gone, and its store with it
+        store.add("left", 1)
+        if rank == 0:  # the others may still be reading its answer
+            deadline = time.monotonic() + 10
+            while store.add("left", 0) < world and time.monotonic() < deadline:
+                time.sleep(0.05)
+    return sound
+
+
+def _check(config: RunConfig, store: dist.Store, rank: int, world: int, say: Callable[[str], None]) -> bool:
     report = measure_alone(config, rank)
     store.set(f"local/{rank}", json.dumps(asdict(report)))
     if rank == 0:
         reports = _collect(store, "local", world)
         broken = [finding for finding in judge(reports) if finding.broken]
-        store.set("go", "no" if broken else "yes")
         if broken:
             _conclude(reports, broken, None, say)
+        store.set("go", "no" if broken else "yes")
     if not _yes(store, "go"):
         return False
 
@@ -51,13 +63,7 @@ def check_health(config: RunConfig, say: Callable[[str], None] = print) -> bool:
         findings = judge(reports)
         _conclude(reports, findings, bus, say)
         store.set("verdict", "no" if any(finding.broken for finding in findings) else "yes")
-    verdict = _yes(store, "verdict")
-    store.add("left", 1)
-    if rank == 0:  # it may host the store
-        deadline = time.monotonic() + 10
-        while store.add("left", 0) < world and time.monotonic() < deadline:
-            time.sleep(0.05)
-    return verdict
+    return _yes(store, "verdict")
 
 
 def measure_alone(config: RunConfig, rank: int) -> RankReport:
@@ -109,7 +115,7 @@ def _yes(store: dist.Store, key: str) -> bool:
     """Rank 0's answer; no when it gives none."""
     try:
         return _wait(store, key, 2 * PATIENCE_S) == b"yes"
-    except dist.DistStoreError:
+    except dist.DistError:
         return False
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import subprocess
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,6 +13,8 @@ import torch.distributed as dist
 
 from nha_megatron.launch import health
 from nha_megatron.launch.health_report import RankReport, judge, table
+from tests.launch.slurm_cluster import PATIENCE_S, ROOT, submit_environment
+from tests.launch.test_torchrun import write_run
 from tests.training import small_run
 
 VERSIONS = {"torch": "2.13", "NCCL": "2.30"}
@@ -95,3 +98,23 @@ def test_a_device_that_computes_wrongly_is_broken(alone: None, tmp_path: Path, m
     said: list[str] = []
     assert not health.check_health(small_run.config(tmp_path), said.append)
     assert "a matrix product came out wrong" in said[1]
+
+
+def health_of_two_processes(folder: Path, device: str) -> subprocess.CompletedProcess[str]:
+    write_run(folder, training={"device": device})
+    environment = submit_environment(NPROC_PER_NODE="2", CUDA_VISIBLE_DEVICES="")
+    command = [str(ROOT / "launch" / "torchrun.sh"), "health", "run.yaml"]
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=PATIENCE_S)
+
+
+@pytest.mark.parametrize("device", ["cuda", pytest.param("cpu", marks=pytest.mark.slow)])
+def test_two_processes_give_one_table_and_one_status(tmp_path: Path, device: str) -> None:
+    small_run.write_corpus(tmp_path)
+    done = health_of_two_processes(tmp_path, device)
+    lines = done.stdout.splitlines()
+    assert lines[0].startswith("node") and lines[1].split()[1] == "0-1" and "Traceback" not in done.stderr
+    if device == "cpu":
+        assert done.returncode == 0 and lines[1].endswith("ok") and lines[2].startswith("all-reduce over 2 ranks: right"), done.stdout
+    else:  # no rank has the device that it wants
+        assert done.returncode == 1 and lines[1].endswith("broken"), done.stdout
+        assert [line.split(", rank ")[1][0] for line in lines[2:]] == ["0", "1"] and "shows 0 CUDA device" in lines[2]
