@@ -65,6 +65,19 @@ def test_decode_kernels_compile(capability: int) -> None:
 
 
 @pytest.mark.parametrize("capability", SHARED_BYTES)
+def test_kernels_beside_a_library_compile(capability: int) -> None:
+    from nha_kernels.triton.merge import merge_into
+    from nha_kernels.triton.rotary import rotated_heads
+
+    heads = torch.zeros(2, 48, 8, 128, dtype=torch.bfloat16)
+    with recorded() as launches:
+        rotated_heads(heads, torch.arange(48)[None], torch.ones(64, dtype=torch.float64), 1.2)
+        merge_into(heads, torch.zeros(2, 48, 8), (heads.clone(), torch.zeros(2, 48, 8)))
+    assert [launch.kernel.__name__ for launch in launches] == ["rotate_heads", "merge_rows"]
+    assert_compile(launches, capability)
+
+
+@pytest.mark.parametrize("capability", SHARED_BYTES)
 def test_summary_kernels_compile(capability: int) -> None:
     from nha_kernels.triton.summary import summarise_on_gpu
     from nha_kernels.triton.summary_backward import add_summary_gradients_on_gpu

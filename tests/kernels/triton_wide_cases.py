@@ -98,7 +98,7 @@ def test_wide_window_over_documents_that_continue_a_memory(monkeypatch: pytest.M
 
 def test_wide_window_over_rows_of_different_length(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(attention, "WIDEST_FUSED_WINDOW", 4)
-    compare(inputs(2, 17), memory_of([2, 9], 5), window=5, empty_slots="attend")
+    compare(inputs(2, 6), memory_of([2, 9], 5), window=5, empty_slots="attend")
 
 
 @pytest.mark.parametrize("empty_slots", ["attend", "mask"])
