@@ -1,4 +1,5 @@
-"""Times full and wide windows with each library that is installed: what the order in nha_kernels/triton/libraries.py is made from.
+"""Times full and wide windows with each library that is installed, and with the fused kernels: what the order in
+nha_kernels/triton/libraries.py and WIDEST_FUSED_WINDOW are made from.
 
     PYTHONPATH=kernels python kernels/benchmarks/bench_wide.py [--output kernels/benchmarks/results] [--libraries cudnn,torch-flash]
 
@@ -7,11 +8,14 @@ medians between device events, CUDA graphs where a library can be captured. Outp
 """
 
 import argparse
+import contextlib
 import functools
 import importlib.metadata
 import json
 import pathlib
+from collections.abc import Iterator
 from typing import Any
+from unittest import mock
 
 import torch
 import triton
@@ -20,14 +24,18 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from nha_kernels import nha_attention
+from nha_kernels.triton import attention, dispatch
 from nha_kernels.triton.libraries import prefer_library
 
 QUERY_HEADS, KV_HEADS, DIM, SLOTS = 32, 8, 128, 64
 SHAPES: list[tuple[int | None, int, int]] = [  # window, tokens, documents
+    (128, 8192, 1),
+    (256, 8192, 1),
+    (512, 8192, 1),
+    (1024, 8192, 1),
     (None, 8192, 1),
     (None, 32768, 1),
     (None, 32768, 8),
-    (1024, 32768, 1),
     (4096, 32768, 1),
 ]
 
@@ -46,6 +54,18 @@ def call_of(window: int | None, tokens: int, documents: int) -> tuple[Any, list[
     return function, leaves, normal(QUERY_HEADS).detach()
 
 
+@contextlib.contextmanager
+def attending(name: str) -> Iterator[None]:
+    """Windows of any width by this library, or by the fused kernels."""
+    widest = 10**9 if name == "fused" else 0
+    with (
+        mock.patch.object(attention, "WIDEST_FUSED_WINDOW", widest),
+        mock.patch.object(dispatch, "WIDEST_FUSED_WINDOW", widest),
+        prefer_library(None if name == "fused" else name),
+    ):
+        yield
+
+
 def measure(name: str, shape: tuple[int | None, int, int]) -> dict[str, Any]:
     function, leaves, gradient = call_of(*shape)
 
@@ -56,9 +76,9 @@ def measure(name: str, shape: tuple[int | None, int, int]) -> dict[str, Any]:
     def both() -> tuple[Tensor, ...]:
         return torch.autograd.grad(function(*leaves), leaves, gradient)
 
-    with prefer_library("torch-flash"):
+    with attending("torch-flash"):
         exact = forward(), *both()
-    with prefer_library(name):
+    with attending(name):
         given = forward(), *both()
         errors = [((x.double() - y.double()).norm() / y.double().norm().clamp(min=1e-9)).item() for x, y in zip(given, exact, strict=True)]
         del given, exact
@@ -74,11 +94,13 @@ def measure(name: str, shape: tuple[int | None, int, int]) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=pathlib.Path, default=pathlib.Path(__file__).parent / "results")
-    parser.add_argument("--libraries", default="cudnn,torch-flash,flash-attn,flash-attn-4")
+    parser.add_argument("--libraries", default="fused,cudnn,torch-flash,flash-attn,flash-attn-4")
     arguments = parser.parse_args()
     rows = []
     for shape in SHAPES:
         for name in arguments.libraries.split(","):
+            if name == "fused" and shape[0] is None:
+                continue
             try:
                 row = measure(name, shape)
             except ValueError as error:  # the library does not take the call, or is not installed
