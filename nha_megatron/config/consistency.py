@@ -38,6 +38,7 @@ def problems(sections: Mapping[str, Any]) -> list[str]:
             _sequence_sizes,
             _full_layer_heads,
             _pipeline_sizes,
+            _recomputed_layers,
             _batch_sizes,
             _batch_tokens,
             _schedule_sizes,
@@ -87,6 +88,19 @@ def _pipeline_sizes(model: "ModelConfig", parallel: "ParallelConfig") -> Iterato
         yield "parallel.virtual_pipeline is given, but parallel.pipeline is 1; remove it or use several pipeline ranks"
     if parallel.sequence and parallel.tensor == 1:
         yield "parallel.sequence is true, but parallel.tensor is 1: nothing to split; set it to false or use several tensor ranks"
+
+
+def _recomputed_layers(model: "ModelConfig", parallel: "ParallelConfig", training: "TrainingConfig") -> Iterator[str]:
+    count, chunks = training.recompute_layers, parallel.pipeline * (parallel.virtual_pipeline or 1)
+    if count is None:
+        return
+    if all(recompute != "full" for recompute in (training.recompute, *(stage.recompute for stage in training.stages or []))):
+        yield f"training.recompute_layers is given, but training.recompute is {training.recompute}; remove it or set recompute to full"
+    if count > model.num_layers // chunks:
+        yield (
+            f"training.recompute_layers {count} is more than the {model.num_layers // chunks} layers of a "
+            f"{'pipeline stage' if parallel.virtual_pipeline is None else 'model chunk'}; lower it, or remove it to recompute all"
+        )
 
 
 def _batch_sizes(training: "TrainingConfig") -> Iterator[str]:

@@ -125,13 +125,14 @@ def _stage_memory(config: RunConfig, world_size: int, stage: int) -> RankMemory:
     stage_of_zero = 1 if zero is None else zero.stage
     gradient = 6 if zero is not None and zero.stage == 1 and training.precision == "bf16" else 4
 
-    passes, full_layers = _passes_in_flight(config, world_size, stage), _full_layers(config, stage)
+    passes = _passes_in_flight(config, world_size, stage)
     layers = model.num_layers // (parallel.pipeline * (parallel.virtual_pipeline or 1))
-    activations = passes * layers * layer_activation_bytes(config, training.recompute)
-    if training.recompute == "none":
-        activations += passes * full_layers * exchanged_bytes(config)
-    else:  # the layer that is being computed again
-        activations += layer_activation_bytes(config, "none") + (exchanged_bytes(config) if full_layers else 0)
+    recomputed = 0 if training.recompute == "none" else training.recompute_layers or layers
+    activations = passes * recomputed * layer_activation_bytes(config, training.recompute)
+    activations += passes * (layers - recomputed) * layer_activation_bytes(config, "none")
+    activations += passes * _full_layers(config, stage, recomputed) * exchanged_bytes(config)
+    if recomputed:  # the layer that is being computed again
+        activations += layer_activation_bytes(config, "none") + (exchanged_bytes(config) if _full_layers(config, stage) else 0)
     last = stage == parallel.pipeline - 1
     return RankMemory(
         stage=stage,
@@ -152,13 +153,13 @@ def _passes_in_flight(config: RunConfig, world_size: int, stage: int) -> int:
     return min(passes, micro_batches * chunks)
 
 
-def _full_layers(config: RunConfig, stage: int) -> int:
-    """`full` layers of the chunk of this pipeline stage that has most of them."""
+def _full_layers(config: RunConfig, stage: int, first: int = 0) -> int:
+    """`full` layers, from layer `first` of a chunk on, of the chunk of this pipeline stage that has most of them."""
     parallel, windows = config.parallel, config.model.windows
     chunks = parallel.virtual_pipeline or 1
     layers = len(windows) // (parallel.pipeline * chunks)
     begins = [(chunk * parallel.pipeline + stage) * layers for chunk in range(chunks)]
-    return max(windows[begin : begin + layers].count(None) for begin in begins)
+    return max(windows[begin + first : begin + layers].count(None) for begin in begins)
 
 
 def _element_bytes(config: RunConfig) -> int:

@@ -35,6 +35,9 @@ class TrainingConfig(Section):
     """Of weights and activations; gradients, optimizer state, softmax and slots are fp32 in both."""
     recompute: Literal["none", "selective", "full"] = "none"
     """What the backward computes again instead of keeping: nothing, the attention operator, or whole layers."""
+    recompute_layers: Positive | None = None
+    """With recompute full: how many layers are recomputed, the first ones of every pipeline stage (of every model chunk when interleaved);
+    null: all. The others keep what their backward needs."""
     gradient_accumulation_fusion: Literal["auto", True, False] = "auto"
     """Add weight gradients to the fp32 gradient inside the matrix product: on CUDA, with an extension of NVIDIA Apex. auto: where it is
     installed."""

@@ -111,6 +111,9 @@ def _values_of_stages(config: "RunConfig") -> list[dict[str, Any]]:
     for entry in config.training.stages or []:
         changes = entry.changes()
         values.append({name: {**section, **changes.get(name, {})} for name, section in values[-1].items()})
+    for value in values:
+        if value["training"]["recompute"] != "full":  # said for the stages that do recompute layers
+            value["training"] = value["training"] | {"recompute_layers": None}
     return [{name: dict(section) for name, section in value.items()} for value in values]
 
 

@@ -27,7 +27,9 @@ def transformer_config(config: RunConfig, *, fuse_gradients: bool = False) -> Tr
     virtual_stages = parallel.virtual_pipeline or 1
     recompute: dict[str, Any] = {}
     if training.recompute == "full":
-        recompute = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+        # Each layer by itself: all of them (uniform, in groups of one), or the first ones of this model chunk (block).
+        method, count = ("uniform", 1) if training.recompute_layers is None else ("block", training.recompute_layers)
+        recompute = {"recompute_granularity": "full", "recompute_method": method, "recompute_num_layers": count}
     return TransformerConfig(
         num_layers=model.num_layers,
         hidden_size=model.hidden_size,

@@ -131,6 +131,14 @@ SEVERAL = {
         "model.num_layers 4 is not a multiple of parallel.pipeline 2 x parallel.virtual_pipeline 3",
     ),
     "chunks without pipeline": (["parallel.virtual_pipeline=2"], "parallel.virtual_pipeline is given, but parallel.pipeline is 1"),
+    "recomputed layers of a run that keeps all": (
+        ["training.recompute=selective", "training.recompute_layers=2"],
+        "training.recompute_layers is given, but training.recompute is selective",
+    ),
+    "more recomputed layers than there are": (
+        ["training.recompute=full", "training.recompute_layers=3", "parallel.pipeline=2"],
+        "training.recompute_layers 3 is more than the 2 layers of a pipeline stage",
+    ),
     "sequence without tensor": (["parallel.sequence=true"], "parallel.sequence is true, but parallel.tensor is 1"),
     "min_lr without decay": (
         ["optimizer.schedule=constant", "optimizer.min_lr=0.0001"],

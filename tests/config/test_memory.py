@@ -56,6 +56,17 @@ def test_recomputation_keeps_less():
     assert none > selective > full == 2 * 128 * 64 * 4  # the input of the layer: 2 sequences of 128 tokens, 64 channels, fp32
 
 
+def test_layers_that_are_not_recomputed_keep_everything():
+    none, full = (layer_activation_bytes(run(), recompute) for recompute in ("none", "full"))
+    every, first = (estimate_memory(run(training={"recompute": "full", "recompute_layers": count}), 1).activations for count in (None, 3))
+    assert every == 4 * full + none  # and the layer that is being computed again
+    assert first == 3 * full + none + none
+    # A `full` layer that is not recomputed also keeps what the exchange brought it.
+    sections = {"model": HYBRID, "parallel": TWO_RANKS}
+    kept, again = (estimate_memory(run(training={"recompute": "full", "recompute_layers": n}, **sections), 2).activations for n in (3, 4))
+    assert kept - again == none // 2 - full // 2 + exchanged_bytes(run(**sections))
+
+
 def test_context_ranks_divide_the_activations():
     whole, shard = run(), run(parallel={"context": 4})
     assert layer_activation_bytes(whole, "none") == 4 * layer_activation_bytes(shard, "none")

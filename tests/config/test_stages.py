@@ -115,9 +115,10 @@ def test_a_new_layout_or_recomputation_needs_the_model_built_anew() -> None:
         {"from_tokens": 4 * STEP, "context": 2},
         {"from_tokens": 6 * STEP, "sequence_length": 512},
         {"from_tokens": 10 * STEP, "recompute": "full"},
-        training={"steps": 20},
+        training={"steps": 20, "recompute_layers": 3},
     )
     assert [[stage.number for stage in phase] for phase in plan_phases(config)] == [[1, 2], [3, 4], [5]]
+    assert [stage.config.training.recompute_layers for stage in plan_stages(config)] == [None] * 4 + [3]
     # Four ranks: four data parallel, later two of them with two context ranks each.
     assert config.check_world(4) == 4
     assert [stage.config.check_world(4) for stage in plan_stages(config)] == [4, 4, 2, 2, 2]

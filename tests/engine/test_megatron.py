@@ -162,11 +162,29 @@ def test_recomputation_changes_nothing(ranks: RankPool, recompute: str, parallel
         assert torch.equal(result["gradients"][name], gradient), name
 
 
-def forwards_of_operator(recompute: str) -> int:
+@pytest.mark.parametrize(
+    ("world", "parallel", "count"),
+    [(1, {}, 3), pytest.param(4, {"pipeline": 2, "virtual_pipeline": 2, "context": 2}, 1, marks=pytest.mark.slow)],
+    ids=["one", "pp2_interleaved_cp2"],
+)
+def test_recomputation_of_some_layers_changes_nothing(ranks: RankPool, world: int, parallel: dict[str, Any], count: int) -> None:
+    model = {"window": "16,full,3,7"} if world == 1 else {"num_layers": 8, "window": "16,full,3,7"}
+    settings = {"recompute": "full", "recompute_layers": count}
+    expected, result = (
+        ranks.run(world, train, config=tiny_config(model=model, parallel=parallel, training=training), steps=2)
+        for training in ({}, settings)
+    )
+    for of_rank, wanted in zip(result, expected, strict=True):
+        assert of_rank["losses"] == wanted["losses"] and of_rank["grad_norms"] == wanted["grad_norms"]
+        for name, gradient in wanted["gradients"].items():
+            assert torch.equal(of_rank["gradients"][name], gradient), name
+
+
+def forwards_of_operator(recompute: str, layers: int | None) -> int:
     """How often the operator runs in one forward and backward of one micro batch."""
     from nha_megatron.attention import layer as layer_module
 
-    config = tiny_config(training={"recompute": recompute, "global_batch_size": 1})
+    config = tiny_config(training={"recompute": recompute, "recompute_layers": layers, "global_batch_size": 1})
     engine = make_engine(config)
     calls = 0
     original = layer_module.nha_attention
@@ -184,9 +202,11 @@ def forwards_of_operator(recompute: str) -> int:
     return calls
 
 
-@pytest.mark.parametrize(("recompute", "expected"), [("none", 4), ("selective", 8), ("full", 8)])
-def test_recomputation_happens(ranks: RankPool, recompute: str, expected: int) -> None:
-    assert ranks.run(1, forwards_of_operator, recompute=recompute) == [expected]
+@pytest.mark.parametrize(
+    ("recompute", "layers", "expected"), [("none", None, 4), ("selective", None, 8), ("full", None, 8), ("full", 3, 7), ("full", 4, 8)]
+)
+def test_recomputation_happens(ranks: RankPool, recompute: str, layers: int | None, expected: int) -> None:
+    assert ranks.run(1, forwards_of_operator, recompute=recompute, layers=layers) == [expected]
 
 
 def take_weights(parallel: dict[str, Any], weights: dict[str, Tensor]) -> list[float]:
