@@ -4,7 +4,7 @@
     python tools/predict_context_parallel.py [--adapter-gb-per-s 45] [--rails 8] [--gather ring] [--output docs/context_parallel_cost.png]
 
 First the model (`nha_megatron/config/context_parallel_cost.py`) predicts the times measured on two GPUs. Only if it is within 15 % of
-each does it go on to more ranks, with the kernels that sum up the slots now. Tables go to stdout, the figure to --output.
+each does it go on to more ranks. Tables go to stdout, the figure to --output.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class Measurements:
     one_rank: MeasuredTimes  # the operator in the same run
     operator: MeasuredTimes  # the present operator, another GPU
     full_attention: MeasuredTimes
-    summary: dict[str, MeasuredTimes]  # by `kernels` and by `pytorch`
+    summary: dict[str, MeasuredTimes]  # by `kernels`, and what else the file has
     copy_tb_per_s: float
 
 
@@ -99,14 +99,12 @@ def _operator_times(rows: list[dict[str, Any]], name: str, heads: str) -> Measur
 
 
 def _summary_times(path: Path) -> dict[str, MeasuredTimes]:
-    lines = re.findall(r"^T +(\d+) (kernels|pytorch): .*forward \+ backward ([\d.]+) ms", _read(path), re.MULTILINE)
-    found = {
-        name: ([int(tokens) for tokens, of, _ in lines if of == name], [float(time) for _, of, time in lines if of == name])
-        for name in ("kernels", "pytorch")
-    }
-    if not all(tokens for tokens, _ in found.values()):
-        raise ConfigError(f"{path} has no times of both kernels and pytorch: give the output of kernels/benchmarks/bench_summary.py")
-    return {name: MeasuredTimes(tuple(tokens), tuple(times)) for name, (tokens, times) in found.items()}
+    found: dict[str, list[tuple[int, float]]] = {}
+    for tokens, name, time in re.findall(r"^T +(\d+) ([\w ]+): .*forward \+ backward ([\d.]+) ms", _read(path), re.MULTILINE):
+        found.setdefault(name, []).append((int(tokens), float(time)))
+    if "kernels" not in found:
+        raise ConfigError(f"{path} has no times of the kernels: give the output of kernels/benchmarks/bench_summary.py")
+    return {name: MeasuredTimes(*zip(*times, strict=True)) for name, times in found.items()}
 
 
 def _read(path: Path) -> str:
@@ -126,18 +124,20 @@ def _read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def predict_two_ranks(measured: Measurements, network: Network, summary: str) -> dict[int, LayerCost]:
+def predict_two_ranks(measured: Measurements, network: Network, summary: str, small_kernels_ms: float) -> dict[int, LayerCost]:
     """What the model says of the run on two ranks, whose summary was by `summary`: tokens a rank -> cost."""
-    rates = LayerRates(measured.one_rank, measured.summary[summary], measured.copy_tb_per_s)
+    if summary not in measured.summary:
+        raise ConfigError(f"a summary by {summary!r} was not timed: choose {' or '.join(measured.summary)}")
+    rates = LayerRates(measured.one_rank, measured.summary[summary], measured.copy_tb_per_s, small_kernels_ms)
     return {tokens: nha_layer_cost(measured.model, measured.window, tokens, 2, rates, network) for tokens in measured.two_ranks}
 
 
 class Extrapolation:
-    """The layer with the present operator and the kernels for the summary, both measured on one GPU; not measured over ranks."""
+    """The layer over more ranks than were measured, with operator and summary as measured on one GPU."""
 
-    def __init__(self, measured: Measurements, network: Network, gather: Gather) -> None:
+    def __init__(self, measured: Measurements, network: Network, gather: Gather, small_kernels_ms: float) -> None:
         self.measured, self.network, self.gather = measured, network, gather
-        self.rates = LayerRates(measured.operator, measured.summary["kernels"], measured.copy_tb_per_s)
+        self.rates = LayerRates(measured.operator, measured.summary["kernels"], measured.copy_tb_per_s, small_kernels_ms)
 
     def cost(self, ranks: int, tokens: int, rails: int | None = None) -> LayerCost:
         network = self.network if rails is None else dataclasses.replace(self.network, rails=rails)
@@ -158,8 +158,8 @@ def validation_table(measured: Measurements, predicted: dict[int, LayerCost]) ->
 
 def extrapolation_table(model: Extrapolation) -> str:
     lines = [
-        "| tokens | ranks x tokens | operator | summary | elementwise | composition | network | sum | efficiency (1 adapter) | `full` |",
-        "|---|---|---|---|---|---|---|---|---|---|",
+        "| tokens | ranks x tokens | operator | summary | copies | composition | small | network | sum | efficiency (1 adapter) | `full` |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for ranks, tokens in TABLE:
         cost, cautious = model.cost(ranks, tokens), model.cost(ranks, tokens, rails=1)
@@ -200,7 +200,7 @@ def draw(measured: Measurements, predicted: dict[int, LayerCost], model: Extrapo
     right.set_ylim(0, 1)
     right.set_xlabel("context ranks")
     right.set_ylabel("efficiency of weak scaling")
-    right.set_title(f"Not measured: summary by kernels, {model.network.rails} adapters (shaded: 1)", fontsize=10)
+    right.set_title(f"Not measured: {model.network.rails} adapters (shaded: 1)", fontsize=10)
     right.legend(frameon=False, loc="lower left")
     for axes in (left, right):
         axes.spines[["top", "right"]].set_visible(False)
@@ -218,10 +218,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--summary", type=Path, default=RESULTS / "summary_nvidia_h100_80gb_hbm3.txt", metavar="TXT")
     parser.add_argument(
         "--summary-was",
-        choices=["pytorch", "kernels"],
         default="pytorch",
-        help="what summed up the slots in the run on two GPUs (default: %(default)s, which the file in docs/ is of)",
+        help="what summed up the slots in the run on two GPUs, as --summary names it (default: %(default)s)",
     )
+    parser.add_argument("--small-kernels-us", type=float, default=100.0, help="of a layer, forward and backward (default: %(default)s)")
     parser.add_argument("--nvlink-gb-per-s", type=float, default=300.0, help="each way, two thirds of 450 (default: %(default)s)")
     parser.add_argument("--nvlink-us", type=float, default=3.4, help="latency of a hop, as NCCL's tuner has it (default: %(default)s)")
     parser.add_argument("--adapter-gb-per-s", type=float, default=45.0, help="each way, 400 Gb/s less 10 %% (default: %(default)s)")
@@ -241,8 +241,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             start_us=arguments.start_us,
         )
         measured = read_measurements(arguments.two_gpus, arguments.operator, arguments.summary)
-        predicted = predict_two_ranks(measured, network, arguments.summary_was)
-        model = Extrapolation(measured, network, arguments.gather)
+        predicted = predict_two_ranks(measured, network, arguments.summary_was, arguments.small_kernels_us * 1e-3)
+        model = Extrapolation(measured, network, arguments.gather, arguments.small_kernels_us * 1e-3)
         table = extrapolation_table(model)
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -255,7 +255,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             f"error: {errors[worst]:+.1%} at {worst} tokens a rank, allowed {ALLOWED_ERROR:.0%}: nothing is extrapolated", file=sys.stderr
         )
         return 1
-    print(f"Not measured: the summary by kernels, more ranks (all-gather by {arguments.gather}); milliseconds\n\n{table}\n")
+    print(f"Not measured: more ranks (all-gather by {arguments.gather}); milliseconds\n\n{table}\n")
     draw(measured, predicted, model, arguments.summary_was, arguments.output)
     print(arguments.output)
     return 0

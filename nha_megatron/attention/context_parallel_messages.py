@@ -19,11 +19,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from nha_kernels.conventions import accumulation_dtype
+from nha_megatron.config.arithmetic import packs_halo
 
 from .context_parallel_plan import ContextParallelPlan
-
-# What a packed message may send beyond need. A further collective takes about 12 us, in which NVLink moves this much.
-_MOST_WASTED_BYTES = 4 * 2**20
 
 Tokens = tuple[Tensor, Tensor, Tensor]  # keys, values, log-gates [B, N, H, .]
 
@@ -56,9 +54,8 @@ def start_backward_message(plan: ContextParallelPlan, group: dist.ProcessGroup, 
 
 def _packs(plan: ContextParallelPlan, like: Tokens) -> bool:
     """Known on every rank alike: documents shorten what a rank receives, but are not asked for."""
-    token_bytes = sum(x.shape[0] * x.shape[2:].numel() * x.element_size() for x in like)
-    wasted = (plan.num_ranks - 2) * plan.window * token_bytes
-    return plan.window <= plan.tokens_per_rank and len(plan.pieces) > 0 and wasted <= _MOST_WASTED_BYTES
+    halo_bytes = plan.window * sum(x.shape[0] * x.shape[2:].numel() * x.element_size() for x in like)
+    return len(plan.pieces) > 0 and packs_halo(halo_bytes, plan.window, plan.tokens_per_rank, plan.num_ranks)
 
 
 class _Layout:

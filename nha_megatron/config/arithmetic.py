@@ -13,6 +13,9 @@ if TYPE_CHECKING:
 STATE_BYTES = 4  # slots, log-decays and log-gates are kept in fp32 whatever the precision of the activations
 LENGTH_BYTES = 8
 
+# What context ranks may send beyond need to save a message: a further collective takes about 12 us, in which NVLink moves so much.
+PACKED_WASTE_BYTES = 4 * 2**20
+
 # fp32 logits that the loss holds at once. Large enough that the products of a chunk keep a GPU busy and that adding the chunk's part to
 # the gradient of the output matrix is a small part of the work; small beside the rest of a rank's memory, whatever the sequence length.
 LOGITS_BYTES = 256 * 2**20
@@ -129,6 +132,14 @@ def context_parallel_bytes(
     halo = window * heads * (2 * dim * element_bytes + slots * STATE_BYTES)
     summary = heads * slots * (2 * dim + 1) * STATE_BYTES
     return micro_batch_size * (halo + context_parallel_pieces(window, shard_length, ranks) * summary)
+
+
+def packs_halo(halo_bytes: int, window: int, shard_length: int, ranks: int) -> bool:
+    """Whether the halo of a layer travels with the slot summaries in one all-gather, although only the next rank reads it.
+
+    halo_bytes: of W tokens. One message is faster while what is sent beyond need takes less than a further collective.
+    """
+    return window <= shard_length and (ranks - 2) * halo_bytes <= PACKED_WASTE_BYTES
 
 
 def logit_chunk_tokens(vocabulary: int) -> int:

@@ -2,14 +2,14 @@
 
     NHA layer over R ranks with L tokens each =
         operator(L)                                   as on one rank
-      + summary of the writes of the announced pieces measured, linear in L
-      + elementwise passes over k, v and log-gates    bytes / copy rate, linear in L
+      + summary of the writes of the announced pieces measured, linear in L (gates that forget; a pass over the log-gates, little else)
+      + copies of keys, values and log-gates          bytes / copy rate, linear in L: they are laid behind the memory
       + composing the gathered pieces                 bytes / copy rate, linear in R
-      + halo to the next rank, and its gradient back  network
-      + two all-gathers: pieces, gradients of slots   network, linear in R for a ring
+      + small kernels                                 a fixed number: messages packed and unpacked, the operator told where memory is
+      + message of the backward                       network, linear in R for a ring
+      + message of the forward, as far as it takes longer than the copies, which run meanwhile
 
-Nothing is taken to be hidden behind anything else: the parts run one after another. The host is taken to be ahead of the device. One
-sequence, unpacked, no tensor parallelism.
+The host is taken to be ahead of the device. One sequence, unpacked, no tensor parallelism.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from bisect import bisect_left
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING
 
-from .arithmetic import STATE_BYTES, context_parallel_bytes, context_parallel_pieces
+from .arithmetic import STATE_BYTES, context_parallel_bytes, context_parallel_pieces, packs_halo
 from .errors import ConfigError
 from .full_layers import choose_exchange, exchange_bytes
 from .network_cost import Gather, Network, require_positive
@@ -57,14 +57,17 @@ class LayerRates:
         operator: `nha_attention` on a shard.
         summary: `slot_summary` of a run of tokens.
         copy_tb_per_s: bytes read and written a second by a large copy, in 1e12.
+        small_kernels_ms: all kernels of a layer whose time does not depend on its sizes, forward and backward.
     """
 
     operator: MeasuredTimes
     summary: MeasuredTimes
     copy_tb_per_s: float
+    small_kernels_ms: float
 
     def __post_init__(self) -> None:
         require_positive("copy rate in TB/s", self.copy_tb_per_s)
+        require_positive("time of the small kernels in ms", self.small_kernels_ms)
 
     def pass_ms(self, num_bytes: float) -> float:
         return num_bytes / self.copy_tb_per_s * 1e-9
@@ -76,8 +79,9 @@ class LayerCost:
 
     operator: float
     summary: float
-    elementwise: float
+    copies: float
     composition: float
+    small_kernels: float
     network: float
 
     @property
@@ -111,33 +115,33 @@ def nha_layer_cost(
         raise ConfigError(f"window {window} with {shard_length} tokens a rank: the cost is modelled for windows from 0 to a shard")
     operator = rates.operator.at(shard_length)
     if ranks == 1:
-        return LayerCost(operator, 0.0, 0.0, 0.0, 0.0)
+        return LayerCost(operator, 0.0, 0.0, 0.0, 0.0, 0.0)
 
     pieces = context_parallel_pieces(window, shard_length, ranks)
     one_piece = context_parallel_bytes(model, 0, shard_length, ranks, element_bytes=element_bytes)
     halo = context_parallel_bytes(model, window, shard_length, ranks, element_bytes=element_bytes) - pieces * one_piece
     shifted = window % shard_length
     lengths = (shard_length - shifted, shifted)[:pieces]
+    if packs_halo(halo, window, shard_length, ranks):
+        forward = network.all_gather_ms(pieces * one_piece + halo, ranks, gather)
+        backward = network.all_gather_ms(one_piece + halo, ranks, gather)
+    else:
+        forward = network.neighbour_ms(halo, ranks) + network.all_gather_ms(pieces * one_piece, ranks, gather)
+        backward = network.neighbour_ms(halo, ranks) + network.all_gather_ms(one_piece, ranks, gather)
+    copies = rates.pass_ms(shard_length * copied_bytes(model, element_bytes))
     return LayerCost(
         operator=operator,
         summary=sum(rates.summary.at(tokens) for tokens in lengths),
-        elementwise=rates.pass_ms(shard_length * elementwise_bytes(model, element_bytes)),
+        copies=copies,
         composition=rates.pass_ms(composition_bytes(one_piece, pieces, ranks)),
-        network=2 * network.neighbour_ms(halo, ranks)
-        + network.all_gather_ms(pieces * one_piece, ranks, gather)
-        + network.all_gather_ms(one_piece, ranks, gather),
+        small_kernels=rates.small_kernels_ms,
+        network=max(forward - copies, 0.0) + backward,
     )
 
 
-def elementwise_bytes(model: ModelConfig, element_bytes: int = 2) -> int:
-    """Bytes a token that the exchange reads and writes beside the summary, in `attention/context_parallel_exchange.py`.
-
-    Clamp of the log-gates: read, write; its backward: read two, write. Gradients of the pieces meet in one buffer: write zeros, read two,
-    write. They are then added to the operator's: read two, write.
-    """
-    gates = model.num_kv_heads * model.num_slots * STATE_BYTES
-    rows = model.num_kv_heads * 2 * model.head_dim * element_bytes
-    return (2 + 3) * gates + (4 + 3) * (rows + gates)
+def copied_bytes(model: ModelConfig, element_bytes: int = 2) -> int:
+    """Bytes a token that are read and written to lay keys, values and log-gates behind the memory."""
+    return 2 * model.num_kv_heads * (2 * model.head_dim * element_bytes + model.num_slots * STATE_BYTES)
 
 
 def composition_bytes(one_piece: int, pieces: int, ranks: int) -> int:
@@ -145,7 +149,10 @@ def composition_bytes(one_piece: int, pieces: int, ranks: int) -> int:
 
     A composition reads its terms, writes them decayed and reads those to add them up: three passes. Forward: the initial slots and the
     slots before each own piece, of all pieces (the last rank). Backward: each own piece, of all ranks' gradients (the first rank).
+    A single piece is used as it arrives.
     """
+    if pieces * ranks <= 2:
+        return 2 * one_piece
     return 3 * one_piece * ((1 + pieces) * pieces * ranks + pieces * ranks)
 
 

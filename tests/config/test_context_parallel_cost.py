@@ -10,7 +10,7 @@ from nha_megatron.config.context_parallel_cost import (
     LayerRates,
     MeasuredTimes,
     composition_bytes,
-    elementwise_bytes,
+    copied_bytes,
     full_layer_ms,
     nha_layer_cost,
 )
@@ -24,8 +24,9 @@ HALO = 64 * 8 * 768  # 64 tokens x 8 heads x (2 x 128 bf16 channels and 64 fp32 
 
 # 1e8 bytes take 1 ms inside a node and 10 ms between two; hops 2 and 20 us, a start 5 us.
 NETWORK = Network(inside=Link(100.0, 2.0), across=Link(10.0, 20.0), ranks_per_node=4, rails=4, start_us=5.0)
-# 1 us a token of the operator, 0.1 us a token and 0.05 ms a call of the summary, a byte in 1e-12 s.
-RATES = LayerRates(MeasuredTimes((1000, 2000), (1.0, 2.0)), MeasuredTimes((1000, 2000), (0.15, 0.25)), 1.0)
+# 1 us a token of the operator, 0.1 us a token and 0.05 ms a call of the summary, a byte in 1e-12 s, 0.03 ms of small kernels.
+RATES = LayerRates(MeasuredTimes((1000, 2000), (1.0, 2.0)), MeasuredTimes((1000, 2000), (0.15, 0.25)), 1.0, 0.03)
+COPIED = 2 * 6144e-9  # ms a token: keys and values 8 x 256 x 2 bytes, log-gates 8 x 64 x 4, read and written
 
 
 def test_times_between_and_beyond_what_was_measured():
@@ -72,12 +73,12 @@ def test_nothing_is_sent_on_one_rank_or_without_bytes():
 
 
 def test_bytes_that_pass_through_memory():
-    # Log-gates 8 x 64 x 4 = 2048 bytes a token, keys and values 8 x 256 x 2 = 4096.
-    assert elementwise_bytes(MODEL) == 5 * 2048 + 7 * 6144
-    assert elementwise_bytes(MODEL, element_bytes=4) == 5 * 2048 + 7 * 10240
-    # Three passes. Two ranks announce one piece each: two compositions of 2 pieces, one of 2 gradients.
-    assert composition_bytes(PIECE, 1, 2) == 3 * PIECE * (2 * 2 + 2)
-    # Eight ranks announce two: three compositions of 16 pieces, two of 8 gradients.
+    # Keys and values 8 x 256 x 2 bytes a token, log-gates 8 x 64 x 4: read and written.
+    assert copied_bytes(MODEL) == 2 * (4096 + 2048)
+    assert copied_bytes(MODEL, element_bytes=4) == 2 * (8192 + 2048)
+    # Of two ranks' single pieces only the first is used, as it is.
+    assert composition_bytes(PIECE, 1, 2) == 2 * PIECE
+    # Three passes. Eight ranks announce two: three compositions of 16 pieces, two of 8 gradients.
     assert composition_bytes(PIECE, 2, 8) == 3 * PIECE * (3 * 16 + 2 * 8)
 
 
@@ -85,26 +86,34 @@ def test_a_layer_over_two_ranks_by_hand():
     cost = nha_layer_cost(MODEL, 64, 2064, 2, RATES, NETWORK)
     assert cost.operator == pytest.approx(2.064)
     assert cost.summary == pytest.approx(0.25)  # of the 2000 tokens that are not the halo of the last rank
-    assert cost.elementwise == pytest.approx(2064 * 53248 * 1e-9)
-    assert cost.composition == pytest.approx(18 * PIECE * 1e-9)
-    # Halo and its gradient; the gather of one piece and of its gradient. Four starts, four hops of 2 us.
-    assert cost.network == pytest.approx(4 * 0.007 + (2 * HALO + 2 * PIECE) * 1e-8)
-    parts = (cost.operator, cost.summary, cost.elementwise, cost.composition, cost.network)
+    assert cost.copies == pytest.approx(2064 * COPIED)
+    assert cost.composition == pytest.approx(2 * PIECE * 1e-9)
+    assert cost.small_kernels == 0.03
+    # One message each way; that of the forward, 0.016 ms, travels during copies of 0.025 ms.
+    assert cost.network == pytest.approx(0.007 + (PIECE + HALO) * 1e-8)
+    parts = (cost.operator, cost.summary, cost.copies, cost.composition, cost.small_kernels, cost.network)
     assert cost.total == pytest.approx(sum(parts)) and cost.efficiency == pytest.approx(2.064 / sum(parts))
 
 
 def test_a_layer_over_eight_ranks_by_hand():
     cost = nha_layer_cost(MODEL, 64, 2064, 8, RATES, NETWORK)
     assert cost.summary == pytest.approx(0.25 + (0.15 - 0.0936))  # the last 64 tokens, a call of their own
-    halo = 2 * (0.005 + 0.020 + HALO * 1e-7)
     ring = 0.005 + 6 * 0.002 + 0.020
-    assert cost.network == pytest.approx(halo + 2 * ring + 7 * (2 + 1) * PIECE / 40 * 1e-6)
+    messages = 2 * ring + 7 * (3 * PIECE + 2 * HALO) / 40 * 1e-6  # two pieces and the halo; gradients of slots and halo
+    assert cost.network == pytest.approx(messages - 2064 * COPIED)
 
 
-def test_without_a_window_there_is_no_halo_and_one_piece():
+def test_over_many_ranks_the_halo_is_a_message_of_its_own():
+    # Packed, 14 of 16 ranks would get 393 kB for nothing: more than the 4 MiB that a message is worth.
+    cost = nha_layer_cost(MODEL, 64, 2064, 16, RATES, NETWORK)
+    ring = 0.005 + 12 * 0.002 + 3 * 0.020 + 15 * 1.5 * PIECE / 40 * 1e-6
+    assert cost.network == pytest.approx(2 * (0.005 + 0.020 + HALO * 1e-7) + 2 * ring - 2064 * COPIED)
+
+
+def test_without_a_window_there_is_one_piece_and_nothing_else_to_send():
     cost = nha_layer_cost(MODEL, 0, 2000, 4, RATES, NETWORK)
     assert cost.summary == pytest.approx(0.25)
-    assert cost.network == pytest.approx(2 * (0.005 + 3 * (0.002 + PIECE * 1e-8)))
+    assert cost.network == pytest.approx(2 * (0.005 + 3 * (0.002 + PIECE * 1e-8)) - 2000 * COPIED)
 
 
 def test_a_layer_on_one_rank_is_the_operator():
@@ -112,10 +121,11 @@ def test_a_layer_on_one_rank_is_the_operator():
     assert cost.total == pytest.approx(2.0) and cost.efficiency == 1.0
 
 
-def test_what_the_network_carries_does_not_depend_on_the_length():
-    costs = [nha_layer_cost(MODEL, 64, tokens, 16, RATES, NETWORK) for tokens in (1000, 100_000)]
-    assert costs[0].network == costs[1].network and costs[0].composition == costs[1].composition
-    assert costs[1].efficiency > costs[0].efficiency
+def test_longer_shards_hide_the_message_of_the_forward_and_no_more():
+    short, long, longer = (nha_layer_cost(MODEL, 64, tokens, 16, RATES, NETWORK) for tokens in (1000, 100_000, 200_000))
+    backward = 0.005 + 0.020 + HALO * 1e-7 + 0.005 + 12 * 0.002 + 3 * 0.020 + 15 * PIECE / 40 * 1e-6
+    assert short.network > long.network == longer.network == pytest.approx(backward)
+    assert short.composition == long.composition and short.efficiency < long.efficiency < longer.efficiency
 
 
 def test_a_full_layer_by_heads_is_an_even_part_of_the_square_and_two_exchanges_each_way():
@@ -153,6 +163,7 @@ def test_a_full_layer_by_gathered_keys_where_heads_do_not_divide():
         (lambda: MeasuredTimes((0, 1000), (1.0, 2.0)), "do not increase from one token on"),
         (lambda: MeasuredTimes((1000, 2000), (1.0, -2.0)), "measured time .* is -2.0"),
         (lambda: replace(RATES, copy_tb_per_s=0.0), "copy rate .* is 0.0"),
+        (lambda: replace(RATES, small_kernels_ms=-1.0), "small kernels in ms is -1.0"),
         (lambda: nha_layer_cost(MODEL, 64, 0, 2, RATES, NETWORK), "2 ranks with 0 tokens"),
         (lambda: nha_layer_cost(MODEL, 64, 1000, 0, RATES, NETWORK), "0 ranks"),
         (lambda: nha_layer_cost(MODEL, 1001, 1000, 2, RATES, NETWORK), "window 1001 with 1000 tokens a rank"),
