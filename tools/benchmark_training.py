@@ -10,6 +10,8 @@ context size 1 with a c-th of the tokens too: as many tokens a rank, so the diff
 
 Nothing is timed before all context sizes have given the same loss and gradient norm for the same sequences. Tokens are random: timing
 needs no corpus. Recomputation is the least that the memory estimate allows, or the next when memory runs out; what never fits is reported.
+The largest context size comes first, so that memory runs out last: when it does so on some ranks only, the others wait for these in a
+collective, and nothing more can be timed.
 """
 
 from __future__ import annotations
@@ -19,6 +21,10 @@ import gc
 import json
 import math
 import os
+
+# The lengths of a series differ: blocks cached for one would not fit the next, and memory would run out before it is full.
+os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+
 import platform
 import shlex
 import statistics
@@ -26,6 +32,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -56,6 +63,7 @@ DEFAULT_CONFIG = ROOT / "configs" / "nha-1.3b.yaml"
 DEFAULT_SHAPE = ("model.num_heads=16", "model.num_kv_heads=4", "model.window=64")
 RECOMPUTE = ("none", "full")  # selective recomputation saves little with a fused operator
 ESTIMATE_SHARE = 0.75  # of the device's memory: the estimate leaves out workspaces and the allocator's fragmentation
+AGREEMENT_S = 20.0  # all ranks run out of memory at about the same time, or some wait for others
 LONG_STEP_S = 4.0  # a warm-up that took longer is followed by one timed step only
 
 Row = dict[str, Any]
@@ -94,6 +102,7 @@ class Bench:
         self.world_size = int(os.environ["WORLD_SIZE"])
         self._engine: MegatronEngine | None = None
         self._built: tuple[int, str] | None = None
+        self._failures = 0
 
     def engine(self, setting: Setting, config: RunConfig) -> MegatronEngine:
         # Imported late: Megatron warns on import, and its known warnings are silenced by then.
@@ -117,6 +126,13 @@ class Bench:
         gc.collect()  # an engine is a cycle of references
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
+
+    def recover(self) -> None:
+        """After memory has run out on this rank. Raises `RanksDisagree` where it has not on all."""
+        self.release()
+        self._failures += 1
+        if not all_ranks_arrive(f"failure {self._failures}", self.world_size, AGREEMENT_S):
+            raise RanksDisagree
 
     def first_step(self, setting: Setting, sequences: int) -> tuple[float, float]:
         """Loss and gradient norm of fresh weights, on `sequences` sequences."""
@@ -176,6 +192,21 @@ class Bench:
         return batches
 
 
+class RanksDisagree(Exception):
+    """Memory ran out on some ranks, and the others wait for them."""
+
+
+def all_ranks_arrive(event: str, world_size: int, seconds: float) -> bool:
+    """Whether all ranks call this within so many seconds. Through the store, as a rank that hangs in a collective takes part in none."""
+    store = dist.PrefixStore("benchmark_training", dist.distributed_c10d._get_default_store())
+    store.set(f"{event}/{dist.get_rank()}", "here")
+    try:
+        store.wait([f"{event}/{rank}" for rank in range(world_size)], timedelta(seconds=seconds))
+    except (dist.DistStoreError, RuntimeError):  # RuntimeError: file stores
+        return False
+    return True
+
+
 def series(
     context: int,
     lengths: Sequence[int],
@@ -185,7 +216,7 @@ def series(
 ) -> list[Row]:
     """A row for each length, shortest first. `recompute(context, tokens)`: what to try, in order, until it fits in memory.
 
-    Once a length does not fit, longer ones are not tried.
+    Once a length does not fit, longer ones are not tried. When ranks disagree whether it fits, the last row says so.
     """
     rows: list[Row] = []
     fits = True
@@ -201,7 +232,10 @@ def series(
             except torch.OutOfMemoryError:
                 tried.append(choice)
                 row["recompute"] = None
-            recover()  # outside of `except`, whose traceback holds the step's tensors
+            try:
+                recover()  # outside of the `except` above, whose traceback holds the step's tensors
+            except RanksDisagree:
+                return [*rows, {**row, "out_of_memory_with_recompute": tried, "out_of_memory_on": "some ranks"}]
         if tried:
             row["out_of_memory_with_recompute"] = tried
         elif not fits:
@@ -365,18 +399,23 @@ def benchmark(arguments: argparse.Namespace, base: RunConfig, command: Sequence[
         "first_step": {str(context): {"loss": loss, "grad_norm": norm} for context, (loss, norm) in first.items()},
         "rows": [],
     }
-    for context in contexts:
-        rows = series(context, lengths[context], choose, measure, bench.release)
+    for context in reversed(contexts):
+        rows = series(context, lengths[context], choose, measure, bench.recover)
         for row in rows:
             config = Setting(context, row["tokens"], "none").configure(base, world_size)
             row["data"] = config.training.global_batch_size
             row["bytes_sent_per_layer"] = bytes_per_layer(config, context, row["tokens"])
         result["rows"] += rows
         result["weak_scaling"] = weak_scaling(result["rows"], base.model.num_layers)
-        if os.environ["RANK"] == "0" and arguments.output is not None:
+        stuck = "out_of_memory_on" in rows[-1]
+        # All ranks have the same numbers, so any that is not stuck can write them.
+        if arguments.output is not None and (stuck or os.environ["RANK"] == "0"):
             write_atomically(arguments.output, json.dumps(result, indent=2) + "\n")
+        if stuck:
+            print(f"{rows[-1]}: memory ran out on rank {os.environ['RANK']} alone; the others wait for it", file=sys.stderr, flush=True)
+            os._exit(1)  # joins nothing: the launcher ends the others
     bench.release()
-    say("done\n" + json.dumps({"rows": result["rows"], "weak_scaling": result["weak_scaling"]}, indent=2))
+    say("done\n" + json.dumps(result["weak_scaling"], indent=2))
     return 0
 
 

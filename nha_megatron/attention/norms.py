@@ -71,6 +71,8 @@ class HeadsRMSNorm(nn.Module):
         self.weight.partition_stride = 1
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.tp_group.size() == 1:  # one kernel instead of ten passes over the activations
+            return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
         return _ParallelRMSNorm.apply(x, self.weight, self.width, self.eps, self.tp_group)
 
     def sharded_state_dict(

@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from tests.distributed import RankPool
-from tools.benchmark_training import Setting, main, series, weak_scaling
+from tools.benchmark_training import RanksDisagree, Setting, all_ranks_arrive, main, series, weak_scaling
 
 MODEL = {"num_layers": 2, "hidden_size": 32, "ffn_hidden_size": 64, "num_heads": 4, "num_kv_heads": 2, "num_slots": 4, "window": 6}
 TINY = ["--set", *(f"model.{name}={value}" for name, value in MODEL.items()), "model.vocab_size=100"]
@@ -28,11 +29,11 @@ def test_every_layout_and_length_is_timed_and_compared(ranks: RankPool, tmp_path
 
     # Beside what is asked for, context size 1 with half of the tokens: as many a rank as over two.
     assert [(row["context"], row["tokens"], row["data"]) for row in result["rows"]] == [
+        (2, 64, 1),
+        (2, 128, 1),
         (1, 32, 2),
         (1, 64, 2),
         (1, 128, 2),
-        (2, 64, 1),
-        (2, 128, 1),
     ]
     for row in result["rows"]:
         assert row["tokens_per_second_per_gpu"] == pytest.approx(1e3 * row["tokens_per_rank"] / row["step_ms"])
@@ -94,6 +95,26 @@ def test_memory_that_runs_out_is_reported_and_recomputation_tried() -> None:
     ]
     assert rows[1]["out_of_memory_with_recompute"] == ["none"] and rows[2]["out_of_memory_with_recompute"] == ["none", "full"]
     assert rows[3]["not_tried"] == "a shorter sequence did not fit" and len(recovered) == 3
+
+
+def some_arrive(ranks: list[int]) -> bool | None:
+    return all_ranks_arrive("event", dist.get_world_size(), 1.0) if dist.get_rank() in ranks else None
+
+
+def test_ranks_learn_whether_all_ran_out_of_memory(ranks: RankPool) -> None:
+    assert ranks.run(2, some_arrive, ranks=[0, 1]) == [True, True]
+    assert ranks.run(2, some_arrive, ranks=[1]) == [None, False]
+
+
+def test_a_series_ends_where_ranks_disagree() -> None:
+    def measure(setting: Setting) -> dict[str, Any]:
+        raise torch.OutOfMemoryError("made up")
+
+    def disagree() -> None:
+        raise RanksDisagree
+
+    (row,) = series(1, [100, 200], lambda context, tokens: ("none", "full"), measure, disagree)
+    assert row["out_of_memory_with_recompute"] == ["none"] and row["out_of_memory_on"] == "some ranks"
 
 
 def test_only_steps_with_the_same_work_a_rank_are_compared() -> None:
