@@ -13,6 +13,7 @@ test failed with the names of the silent ranks, and the next test a new pool.
 from __future__ import annotations
 
 import contextlib
+import faulthandler
 import gc
 import importlib
 import multiprocessing
@@ -27,6 +28,8 @@ from datetime import timedelta
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from typing import Any
+
+import psutil
 
 PRELOAD = ["torch", "torch.distributed", "megatron.core", "megatron.core.models.gpt", "tests.distributed"]
 
@@ -118,9 +121,13 @@ class RankPool:
         return _Worker(process, ours)
 
     def close(self) -> None:
-        """Kills all ranks. The next `run` starts new ones."""
+        """Kills all ranks and what they have started. The next `run` starts new ones."""
         for worker in self._workers:
             worker.pipe.close()
+            with contextlib.suppress(psutil.NoSuchProcess):
+                for child in psutil.Process(worker.process.pid).children(recursive=True):
+                    with contextlib.suppress(psutil.NoSuchProcess):
+                        child.kill()  # Megatron's checkpoint writer has a server that would outlive its rank
             worker.process.kill()
         for worker in self._workers:
             worker.process.join()
@@ -138,9 +145,13 @@ def _serve(pipe: Connection) -> None:
         except EOFError:
             return
         try:
-            answer = pickle.dumps((True, _run_task(*pickle.loads(task))))
+            *arguments, timeout = pickle.loads(task)
+            # The pool ends ranks that are silent for longer; where they stood is then in the captured output.
+            faulthandler.dump_traceback_later(0.9 * timeout)
+            answer = pickle.dumps((True, _run_task(*arguments, timeout)))
         except BaseException:
             answer = pickle.dumps((False, traceback.format_exc()))
+        faulthandler.cancel_dump_traceback_later()
         try:
             pipe.send_bytes(answer)
         except BrokenPipeError:

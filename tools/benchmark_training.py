@@ -17,6 +17,7 @@ collective, and nothing more can be timed.
 from __future__ import annotations
 
 import argparse
+import faulthandler
 import gc
 import json
 import math
@@ -64,7 +65,10 @@ DEFAULT_SHAPE = ("model.num_heads=16", "model.num_kv_heads=4", "model.window=64"
 RECOMPUTE = ("none", "full")  # selective recomputation saves little with a fused operator
 ESTIMATE_SHARE = 0.75  # of the device's memory: the estimate leaves out workspaces and the allocator's fragmentation
 AGREEMENT_S = 20.0  # all ranks run out of memory at about the same time, or some wait for others
-LONG_STEP_S = 4.0  # a warm-up that took longer is followed by one timed step only
+# A first step that took longer is followed by one timed step only; a still longer one is the timed step itself, as by then all kernels
+# have been compiled for a shorter sequence, and memory is soon allocated.
+LONG_STEP_S, VERY_LONG_STEP_S = 1.5, 5.0
+HANGING_S = 90.0
 
 Row = dict[str, Any]
 
@@ -164,8 +168,13 @@ class Bench:
             return _largest(time.perf_counter() - start, self.device)
 
         losses: list[float] = []
-        warm_up = step()
-        times = [step() for _ in range(1 if warm_up > LONG_STEP_S else steps)]
+        faulthandler.dump_traceback_later(HANGING_S)
+        first = step()
+        if first > VERY_LONG_STEP_S:
+            times = [first]
+        else:
+            times = [step() for _ in range(1 if first > LONG_STEP_S else steps)]
+        faulthandler.cancel_dump_traceback_later()
         seconds = statistics.median(times)
         tokens = config.training.global_batch_size * setting.tokens
         peak = device_peak_flops(self.device)
@@ -336,7 +345,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--config", type=Path, metavar="YAML", help="a run to take model, precision and optimizer from")
     parser.add_argument("--set", nargs="+", default=[], metavar="key=value", help="overrides of the configuration")
     parser.add_argument("--recompute", choices=["auto", "none", "selective", "full"], default="auto")
-    parser.add_argument("--steps", type=int, default=2, help="timed steps of a length, after one that is not timed")
+    parser.add_argument("--steps", type=int, default=2, help="timed steps of a length, after one that is not timed; fewer of long ones")
     parser.add_argument("--document-tokens", type=int, metavar="N", help="pack documents of N tokens (default: one document)")
     parser.add_argument("--commit", help="of the code, to be noted where there is no git checkout")
     parser.add_argument("--output", type=Path, metavar="JSON", help="written anew after every context size")

@@ -14,8 +14,8 @@ from tests.engine.programs import make_engine, tiny_config
 
 pytestmark = pytest.mark.gpu
 
-TOKENS, ROWS, HIDDEN = 512, 2, 512
-MODEL = {"hidden_size": HIDDEN, "num_heads": 4, "num_kv_heads": 2, "num_slots": 64, "window": "64,0,600,full"}
+TOKENS, ROWS, HIDDEN = 512, 2, 256
+MODEL = {"hidden_size": HIDDEN, "num_heads": 8, "num_kv_heads": 2, "head_dim": 128, "num_slots": 64, "window": "64,64,600,full"}
 
 
 def forward_and_backward_without_waiting(context: int, exchange: str, recompute: str) -> list[str]:
@@ -58,7 +58,7 @@ def test_one_gpu(ranks: RankPool, recompute: str) -> None:
 @pytest.mark.parametrize("recompute", ["none", "selective"])
 def test_two_context_ranks(ranks: RankPool, recompute: str, exchange: str) -> None:
     program = {"context": 2, "exchange": exchange, "recompute": recompute}
-    assert ranks.run(2, forward_and_backward_without_waiting, backend="nccl", timeout=240.0, **program) == [[], []]
+    assert ranks.run(2, forward_and_backward_without_waiting, backend="nccl", timeout=120.0, **program) == [[], []]
 
 
 def wait_for_the_device(_: Any = None) -> str:

@@ -21,7 +21,8 @@ two_gpus = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two C
 SEQUENCE = 512
 # Heads of 64 and of 128 channels. In float32 with windows that are fused; in bfloat16 also `full` layers, which a library attends.
 EXACT = {"hidden_size": 256, "ffn_hidden_size": 384, "num_heads": 4, "num_kv_heads": 2, "num_slots": 16, "window": "64,64,0,64"}
-HYBRID = {"hidden_size": 512, "ffn_hidden_size": 768, "num_heads": 4, "num_kv_heads": 2, "num_slots": 64, "window": "64*3,full"}
+HYBRID = {"hidden_size": 256, "ffn_hidden_size": 384, "num_heads": 8, "num_kv_heads": 2, "head_dim": 128, "num_slots": 64}
+HYBRID |= {"window": "64*3,full"}
 # Before, in, at and right behind the edge between two shards of 256 tokens; shorter than the window; over both shards.
 DOCUMENTS = (5, 29, 210, 250, 256, 258, 400)
 
@@ -39,7 +40,7 @@ def train_by_kernels(config: Any, **options: Any) -> dict[str, Any]:
 
 
 def config_of(model: dict[str, Any], parallel: dict[str, Any] | None = None, **training: Any) -> Any:
-    scaled = {"init_std": 0.05} | model  # as far from uniform attention as the tiny model
+    scaled = {"init_std": 0.05, **model}  # as far from uniform attention as the tiny model
     return tiny_config(model=scaled, parallel=parallel or {}, data={"sequence_length": SEQUENCE}, training={"device": "cuda"} | training)
 
 
@@ -51,7 +52,7 @@ def run(ranks: RankPool) -> Callable[..., dict[str, Any]]:
     def results(world_size: int, parallel: Any, model: str, documents: Any, training: Any) -> dict[str, Any]:
         config = config_of({"exact": EXACT, "hybrid": HYBRID}[model], dict(parallel or ()), **dict(training))
         # Most of it is compiling.
-        options = {"documents": documents, "timeout": 300.0, "backend": "nccl"}
+        options = {"documents": documents, "timeout": 120.0, "backend": "nccl"}
         return join_stages(ranks.run(world_size, train_by_kernels, config=config, **options))
 
     def run(parallel: dict[str, Any] | None, model: str = "exact", documents: Any = False, **training: Any) -> dict[str, Any]:

@@ -53,7 +53,7 @@ QUICK = {"cp2", "tp2_cp2"}
 @pytest.mark.parametrize("layout", ["one", *(name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in LAYOUTS)])
 def test_other_documents_keep_every_bit(ranks: RankPool, layout: str) -> None:
     world_size, parallel = LAYOUTS.get(layout, (1, {}))
-    config = tiny_config(model=HYBRID, parallel=parallel, training={"micro_batch_size": 2})
+    config = tiny_config(model=HYBRID, parallel=parallel, training={"micro_batch_size": 2, "global_batch_size": 8})
     assert config.data.sequence_length == SEQUENCE > CHANGED.stop
     for result in ranks.run(world_size, change_a_document, timeout=60.0 * max(2, world_size), config=config):
         (loss, gradients), (loss_after, gradients_after) = result["before"], result["after"]
