@@ -31,7 +31,7 @@ import shlex
 import statistics
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from importlib import metadata
@@ -222,12 +222,11 @@ def series(
     recompute: Callable[[int, int], Sequence[str]],
     measure: Callable[[Setting], Row],
     recover: Callable[[], None],
-) -> list[Row]:
+) -> Iterator[Row]:
     """A row for each length, shortest first. `recompute(context, tokens)`: what to try, in order, until it fits in memory.
 
-    Once a length does not fit, longer ones are not tried. When ranks disagree whether it fits, the last row says so.
+    Once a length does not fit, longer ones are not tried. When ranks disagree whether it fits, that row is the last and says so.
     """
-    rows: list[Row] = []
     fits = True
     for tokens in sorted(lengths):
         row: Row = {"context": context, "tokens": tokens, "tokens_per_rank": tokens // context, "recompute": None}
@@ -244,13 +243,13 @@ def series(
             try:
                 recover()  # outside of the `except` above, whose traceback holds the step's tensors
             except RanksDisagree:
-                return [*rows, {**row, "out_of_memory_with_recompute": tried, "out_of_memory_on": "some ranks"}]
+                yield {**row, "out_of_memory_with_recompute": tried, "out_of_memory_on": "some ranks"}
+                return
         if tried:
             row["out_of_memory_with_recompute"] = tried
         elif not fits:
             row["not_tried"] = "a shorter sequence did not fit"
-        rows.append(row)
-    return rows
+        yield row
 
 
 def weak_scaling(rows: Sequence[Row], num_layers: int) -> list[Row]:
@@ -348,7 +347,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--steps", type=int, default=2, help="timed steps of a length, after one that is not timed; fewer of long ones")
     parser.add_argument("--document-tokens", type=int, metavar="N", help="pack documents of N tokens (default: one document)")
     parser.add_argument("--commit", help="of the code, to be noted where there is no git checkout")
-    parser.add_argument("--output", type=Path, metavar="JSON", help="written anew after every context size")
+    parser.add_argument("--output", type=Path, metavar="JSON", help="written anew after every row")
     arguments = parser.parse_args(argv)
     if "RANK" not in os.environ:
         parser.error("start it with torchrun: torchrun --nproc-per-node=2 tools/benchmark_training.py")
@@ -408,20 +407,20 @@ def benchmark(arguments: argparse.Namespace, base: RunConfig, command: Sequence[
         "first_step": {str(context): {"loss": loss, "grad_norm": norm} for context, (loss, norm) in first.items()},
         "rows": [],
     }
-    for context in reversed(contexts):
-        rows = series(context, lengths[context], choose, measure, bench.recover)
-        for row in rows:
-            config = Setting(context, row["tokens"], "none").configure(base, world_size)
-            row["data"] = config.training.global_batch_size
-            row["bytes_sent_per_layer"] = bytes_per_layer(config, context, row["tokens"])
-        result["rows"] += rows
+    for row in (row for c in reversed(contexts) for row in series(c, lengths[c], choose, measure, bench.recover)):
+        config = Setting(row["context"], row["tokens"], "none").configure(base, world_size)
+        row["data"] = config.training.global_batch_size
+        row["bytes_sent_per_layer"] = bytes_per_layer(config, row["context"], row["tokens"])
+        result["rows"].append(row)
         result["weak_scaling"] = weak_scaling(result["rows"], base.model.num_layers)
-        stuck = "out_of_memory_on" in rows[-1]
+        stuck = "out_of_memory_on" in row
         # All ranks have the same numbers, so any that is not stuck can write them.
         if arguments.output is not None and (stuck or os.environ["RANK"] == "0"):
             write_atomically(arguments.output, json.dumps(result, indent=2) + "\n")
+        if "step_ms" not in row:
+            say(f"{row}")
         if stuck:
-            print(f"{rows[-1]}: memory ran out on rank {os.environ['RANK']} alone; the others wait for it", file=sys.stderr, flush=True)
+            print(f"memory ran out on rank {os.environ['RANK']} but not on all; the others wait for it", file=sys.stderr, flush=True)
             os._exit(1)  # joins nothing: the launcher ends the others
     bench.release()
     say("done\n" + json.dumps(result["weak_scaling"], indent=2))

@@ -86,7 +86,7 @@ def test_memory_that_runs_out_is_reported_and_recomputation_tried() -> None:
             raise torch.OutOfMemoryError("made up")
         return {"step_ms": float(setting.tokens)}
 
-    rows = series(1, [400, 100, 200, 800], lambda context, tokens: ("none", "full"), measure, lambda: recovered.append(None))
+    rows = list(series(1, [400, 100, 200, 800], lambda context, tokens: ("none", "full"), measure, lambda: recovered.append(None)))
     assert [(row["tokens"], row["recompute"], row.get("step_ms")) for row in rows] == [
         (100, "none", 100.0),
         (200, "full", 200.0),
