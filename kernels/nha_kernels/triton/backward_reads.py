@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import LOG2_E, continues_state, load_gates, load_starts, signed_sums, write_strength
+from .common import LOG2_E, continues_state, exp, load_gates, load_starts, rounded_sums, signed_sums, write_strength
 from .problem import Gradients, Problem, Slab
 from .states import ChunkStates
 from .tiles import (
@@ -165,7 +165,7 @@ def slot_backward_reads(
             from_write = to_decay_dtype(strength * to_reference, queries)
             logits += to_row * tl.dot(tl.trans(scores), from_write, input_precision="tf32x3")
             dp += to_row * tl.dot(tl.trans(value_scores), from_write, input_precision="tf32x3")
-        own_strength = signed_sums(tl.where(index[None, :] == token[:, None], 1.0, 0.0), strength)
+        own_strength = rounded_sums(tl.where(index[None, :] == token[:, None], 1.0, 0.0), strength, queries)
         with_own = logits + own_score[:, None] * own_strength
         log_mass = logits
         if EMPTY == 2:
@@ -183,14 +183,14 @@ def slot_backward_reads(
         p = tl.exp2(biased - lse_row[:, None])
         softmax_gradient = p * (dp + own_value_score[:, None] * own_strength - delta[:, None])
         de = softmax_gradient * scale
-        own_gradient = signed_sums(same_token, de * own_score[:, None] + p * own_value_score[:, None])
-        exponent_gradient = signed_sums(same_token, de * logits + p * dp)
+        own_gradient = rounded_sums(same_token, de * own_score[:, None] + p * own_value_score[:, None], queries)
+        exponent_gradient = rounded_sums(same_token, de * logits + p * dp, queries)
         if EMPTY == 2:
             mass = write_strength(log_mass)
             d_log = tl.where(mass > SMALLEST_NORMAL, softmax_gradient * (1 - 1 / tl.maximum(mass, SMALLEST_NORMAL)), 0.0)
             to_state = tl.sum(tl.where(continues[:, None], d_log, 0.0), 0)
             tl.store(log_gradient + (bh * num_chunks + n) * M + slot, to_state, mask=slot_ok)
-            exponent_gradient += signed_sums(same_token, d_log)
+            exponent_gradient += rounded_sums(same_token, d_log, queries)
 
         strength_gradient = tl.zeros((C, BM), tl.float32)
         for block in tl.static_range(0, C, BLOCK):
@@ -223,7 +223,7 @@ def slot_backward_reads(
         later = (index[None, :] >= index[:, None]) & (index_first[None, :] == index_first[:, None])
         summed = signed_sums(tl.where(later, 1.0, 0.0), exponent_gradient - strength * strength_gradient)
         strength_gradient += own_gradient
-        dg = tl.where(gate < -40.0, 0.0, summed - tl.exp(floored) * strength_gradient)
+        dg = tl.where(gate < -40.0, 0.0, summed - exp(floored) * strength_gradient)
         at_gates = gate_gradient + at_written * M + index[:, None] * (H * M) + slot[None, :]
         tl.store(at_gates, dg, mask=written[:, None] & slot_ok[None, :])
 

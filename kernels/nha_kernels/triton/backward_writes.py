@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import continues_state, load_gates, load_starts, signed_sums, write_strength
+from .common import continues_state, exp, load_gates, load_starts, signed_sums, write_strength
 from .problem import Gradients, Problem, Slab
 from .states import ChunkStates
 from .tiles import chunk_and_head, dot_halves, load_halves, load_rows, load_state_halves, store_halves, to_decay_dtype
@@ -153,7 +153,7 @@ def slot_backward_writes(
         floored = tl.maximum(gate, GATE_FLOOR)
         strength = write_strength(floored)
         behind = tl.where(index[None, :] > index[:, None], 1.0, 0.0)
-        to_end = tl.exp(signed_sums(behind, floored))
+        to_end = exp(signed_sums(behind, floored))
 
         at_gradient = state_gradient + (bh * num_chunks + n) * M * (K + V)
         d1, d2 = load_state_halves(at_gradient, slot, slot_ok, K, K + V, HALF)
@@ -164,7 +164,7 @@ def slot_backward_writes(
         sv = load_rows(state_values + at_state * V, slot, slot_ok, V)
         held_before = tl.sum(s1.to(tl.float32) * d1.to(tl.float32) + s2.to(tl.float32) * d2.to(tl.float32), 1)
         held_before += tl.sum(sv.to(tl.float32) * dsv.to(tl.float32), 1)
-        held_before = tl.where(continues, held_before * tl.exp(tl.sum(floored, 0)), 0.0)
+        held_before = tl.where(continues, held_before * exp(tl.sum(floored, 0)), 0.0)
         if LOG:
             held_before += tl.load(log_gradient + (bh * num_chunks + n) * M + slot, mask=slot_ok, other=0.0)
 
@@ -178,7 +178,7 @@ def slot_backward_writes(
         # A gate decays what the slots held before the chunk and what earlier tokens of the chunk wrote.
         earlier = tl.where(index[None, :] < index[:, None], 1.0, 0.0)
         dg = held_before[None, :] + signed_sums(earlier, strength * strength_gradient)
-        dg -= tl.exp(floored) * strength_gradient
+        dg -= exp(floored) * strength_gradient
         at_gates = gate_gradient + at_written * M + index[:, None] * (H * M) + slot[None, :]
         gates_ok = kept[:, None] & slot_ok[None, :]
         before = tl.load(at_gates, mask=gates_ok, other=0.0)

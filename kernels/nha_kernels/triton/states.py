@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import continues_state, load_starts, split_tf32, write_strength
+from .common import continues_state, exp, load_starts, split_tf32, write_strength
 from .problem import Problem, Slab
 
 
@@ -103,7 +103,7 @@ def scan_segments(
         behind = tl.where(index[:, None] > index[None, :], 1.0, 0.0)
         leading, rest = split_tf32(floored)  # log-gates of the writes that follow in the chunk, summed as by `signed_sums`
         after = tl.dot(leading, behind, tl.dot(rest, behind, input_precision="tf32"), input_precision="tf32")
-        weight = write_strength(floored) * tl.exp(after)
+        weight = write_strength(floored) * exp(after)
         values = tl.load(x + (base * H + h) * dim + index[:, None] * (H * dim) + x_column[None, :], mask=kept[:, None], other=0.0)
         if values.dtype == tl.float16:  # a weight may be far below fp16's smallest number
             values = values.to(tl.bfloat16)
@@ -111,7 +111,7 @@ def scan_segments(
 
         total = tl.sum(floored, axis=1)
         continues = continues_state(last_first, held, t0)
-        decay = tl.where(continues, tl.exp(total), 0.0)
+        decay = tl.where(continues, exp(total), 0.0)
         state = tl.where(continues, state * decay[:, None], 0.0) + update
         if not FIRST_PASS:  # noqa: SIM102 (one condition is known when compiling, the other is not)
             if keeps_log:
@@ -145,7 +145,7 @@ def _take_segment(at, at_log, segment, num_segments, M: tl.constexpr, D: tl.cons
     tl.store(at + segment * (M * D), state, mask=ok & (segment < num_segments))
     tl.store(at_log + segment * M, log_mass, mask=segment < num_segments)
     resets = log_decay == float("-inf")
-    state = tl.where(resets, 0.0, state * tl.exp(log_decay)) + update
+    state = tl.where(resets, 0.0, state * exp(log_decay)) + update
     return state, tl.where(resets, 0.0, log_mass) + log_update
 
 

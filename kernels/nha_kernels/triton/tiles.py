@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from .common import LARGEST_EXPONENT, channel_halves, decay_exponent, load_starts, reference_token, rotate, signed_sums, write_strength
+from .common import LARGEST_EXPONENT, channel_halves, decay_exponent, exp, load_starts, reference_token, rotate, signed_sums, write_strength
 
 SMALLEST_NORMAL = tl.constexpr(1.1754943508222875e-38)
 
@@ -188,12 +188,12 @@ def row_decays(
     exponent = signed_sums(tl.where(summed, 1.0, 0.0), gate)
     reference = tl.sum(tl.where((index < BLOCK // 2)[:, None], gate, 0.0), 0)
     if ONE_BLOCK:
-        decay = tl.exp(exponent - reference[None, :])
+        decay = exp(exponent - reference[None, :])
     else:
-        decay = tl.exp(exponent)
+        decay = exp(exponent)
     if DOCS == 2:
         decay = tl.where(continues[:, None], decay, 0.0)
-    return exponent, decay, tl.exp(reference)
+    return exponent, decay, exp(reference)
 
 
 @triton.jit
@@ -238,7 +238,7 @@ def pair_factors(
         )
         at_middle = load_starts(start, b, t0, tl.zeros_like(token) + middle, T, DOCS)
         reference = reference_token(first, at_middle, BLOCK_START, held, t0, BLOCK, DOCS)
-        to_row = tl.exp(
+        to_row = exp(
             tl.minimum(
                 decay_exponent(
                     token,
@@ -255,8 +255,8 @@ def pair_factors(
         if ONE_BLOCK:
             to_row = from_state
         else:
-            to_row = tl.exp(tl.minimum(exponent - at_reference[None, :], LARGEST_EXPONENT))
-    to_reference = tl.exp(tl.minimum(-key_exponent, LARGEST_EXPONENT))
+            to_row = exp(tl.minimum(exponent - at_reference[None, :], LARGEST_EXPONENT))
+    to_reference = exp(tl.minimum(-key_exponent, LARGEST_EXPONENT))
     if BLOCK_START > 0:
         to_row = tl.where((token >= BLOCK_START)[:, None], to_row, 0.0)
         to_reference = tl.where((index >= BLOCK_START)[:, None], to_reference, 0.0)
