@@ -37,6 +37,9 @@ PRELOAD = ["torch", "torch.distributed", "megatron.core", "megatron.core.models.
 # so that errors of several ranks are shown together.
 GRACE_AFTER_FAILURE_S = 3.0
 
+# A rank that takes so long writes its stack to stderr: if the test fails, or is ended from outside, that says where it hung.
+SHOW_STACK_AFTER_S = 45.0
+
 
 class RankError(RuntimeError):
     """One or more ranks raised, died, or did not answer."""
@@ -146,8 +149,7 @@ def _serve(pipe: Connection) -> None:
             return
         try:
             *arguments, timeout = pickle.loads(task)
-            # The pool ends ranks that are silent for longer; where they stood is then in the captured output.
-            faulthandler.dump_traceback_later(0.9 * timeout)
+            faulthandler.dump_traceback_later(min(0.9 * timeout, SHOW_STACK_AFTER_S))
             answer = pickle.dumps((True, _run_task(*arguments, timeout)))
         except BaseException:
             answer = pickle.dumps((False, traceback.format_exc()))
