@@ -7,15 +7,16 @@ predecessors.
     forward    summary of own pieces -> message -> memory behind which the tokens already lie -> operator
     backward   operator -> gradients of memory -> message -> gradients of own pieces and tokens, added to the operator's in place
 
-What overlaps: messages travel on the communication library's stream. In the forward the shard's keys, values and log-gates are copied
-behind the memory meanwhile, which takes longer than the message. In the backward nothing is left to compute: the operator has finished,
-and what follows needs the message. Streams only decide when something runs, never what is added to what.
+What overlaps on a GPU: messages travel on the communication library's stream. In the forward the shard's keys, values and log-gates are
+copied behind the memory on another stream meanwhile, which takes longer than summary and message together. In the backward nothing is left
+to compute: the operator has finished, and what follows needs the message. Streams decide when something runs, never what is added to what.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -107,18 +108,18 @@ def _rows(
 ) -> Iterator[tuple[tuple[Tensor, Tensor, Tensor, Tensor], ContextParallelPlan | None, Tensor | None]]:
     """(q, k, v, g), their plan (None on a single rank) and documents: the whole batch at once, or row by row where rows have documents."""
     size, tokens = group.size(), q.shape[1]
-    batches: list[slice] = [slice(None)]
     documents: Sequence[tuple[int, ...] | None] = [None]
     if cu_seqlens is not None:
         documents = documents_of_rows(cu_seqlens, q.shape[0], size * tokens)
-        batches = [slice(row, row + 1) for row in range(q.shape[0])]
-    for batch, row_documents in zip(batches, documents, strict=True):
+    for row, row_documents in enumerate(documents):
+        # A slice of the only row would be everything, but its gradient a copy into zeros.
+        of_row = (q, k, v, g) if len(documents) == 1 else (q[row : row + 1], k[row : row + 1], v[row : row + 1], g[row : row + 1])
         plan, local = None, row_documents
         if size > 1:
             plan = plan_context_parallel(tokens_per_rank=tokens, num_ranks=size, rank=group.rank(), window=window, cu_seqlens=row_documents)
             local = plan.cu_seqlens
         # One document is the ordinary call, which is faster.
-        yield (q[batch], k[batch], v[batch], g[batch]), plan, None if local is None or len(local) == 2 else boundaries_on(q.device, local)
+        yield of_row, plan, None if local is None or len(local) == 2 else boundaries_on(q.device, local)
 
 
 def fetch_memory(
@@ -135,6 +136,29 @@ def fetch_memory(
     return q, ContinuedTokens(keys, values, log_gates, slots, length=plan.length, window=plan.window)
 
 
+def _start_copies(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> Callable[[], None]:
+    """Copies on a stream of their own; the call that is returned makes the current stream wait for them.
+
+    No memory is allocated on that stream, and what is used there is not given back before the current stream has waited.
+    """
+    device = sources[0].device
+    if device.type != "cuda":
+        for target, source in zip(targets, sources, strict=True):
+            target.copy_(source)
+        return lambda: None
+    stream, current = _stream_of_copies(device), torch.cuda.current_stream(device)
+    stream.wait_stream(current)
+    with torch.cuda.stream(stream):
+        for target, source in zip(targets, sources, strict=True):
+            target.copy_(source)
+    return lambda: current.wait_stream(stream)
+
+
+@lru_cache
+def _stream_of_copies(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)
+
+
 class _Exchange(torch.autograd.Function):
     """A layer's exchange in one node, so that its order is the same on every rank, forward and backward."""
 
@@ -143,6 +167,9 @@ class _Exchange(torch.autograd.Function):
         ctx: Any, plan: ContextParallelPlan, group: dist.ProcessGroup, q: Tensor, k: Tensor, v: Tensor, g: Tensor
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """q as it came; keys, values and log-gates [B, P + L, H, .] with P received rows in front; initial slots [B, H, M, C]."""
+        held = plan.halo_tokens
+        extended = [x.new_empty(x.shape[0], held + x.shape[1], *x.shape[2:]) for x in (k, v, g)]
+        copied = _start_copies([rows[:, held:] for rows in extended], (k, v, g))
         message = forward_message(plan, group, (k, v, g))
         kept = [
             summarise_slots(k[:, piece.start : piece.stop], v[:, piece.start : piece.stop], g[:, piece.start : piece.stop], out)
@@ -151,10 +178,7 @@ class _Exchange(torch.autograd.Function):
             for piece, out in zip(plan.pieces, message.pieces, strict=True)
         ]
         message.start()
-        held = plan.halo_tokens
-        extended = [x.new_empty(x.shape[0], held + x.shape[1], *x.shape[2:]) for x in (k, v, g)]
-        for rows, x in zip(extended, (k, v, g), strict=True):
-            rows[:, held:].copy_(x)
+        copied()
         pieces = message.wait(tuple(rows[:, :held] for rows in extended))
 
         ctx.plan, ctx.group = plan, group

@@ -23,7 +23,7 @@ from .device import on_device_of_first_argument
 _CHUNK = 32
 _MOST_SEGMENTS = 64
 _PROGRAMS = 1024  # enough to fill any chip of today several times
-_LEAST_CHUNKS = 8  # shorter segments cost more in composing than they gain
+_LEAST_CHUNKS = 4  # a power of two; shorter segments cost more in composing than they gain
 GONE = tl.constexpr(-104.0)  # exp of it is below half of float32's smallest number
 
 
@@ -79,13 +79,20 @@ def sum_log_gates(
     slot = tl.program_id(1) * BM + tl.arange(0, BM)
     bh = tl.program_id(2).to(tl.int64)
     gates = g + bh // H * g_batch + bh % H * g_head
-    index = tl.arange(0, C)
+    step, index = tl.arange(0, SHORT), tl.arange(0, C)
     first, end = segment_chunks(segment, num_chunks, short_segments, long_chunks, SHORT)
     behind = tl.zeros((BM,), tl.float32)
-    for i in range(first, end):
-        gate, _ = load_gates(gates, g_token, (num_chunks - 1 - i) * C + index.to(tl.int64), T, slot, M)
-        tl.store(chunk_log + (bh * num_chunks + i) * M + slot, behind, mask=slot < M)
-        behind += tl.sum(gate, 0)
+    for i in range(first, end, SHORT):  # several chunks at a time: memory is slow to answer
+        chunk = i + step
+        token = ((num_chunks - 1 - chunk) * C)[:, None] + index[None, :]
+        there = (chunk < end)[:, None] & (token < T)
+        at = gates + token.to(tl.int64)[:, :, None] * g_token + slot[None, None, :]
+        gate = tl.load(at, mask=there[:, :, None] & (slot < M)[None, None, :], other=0.0)
+        sums = tl.sum(tl.maximum(gate, -40.0), 1)
+        earlier = tl.where((step[None, :] < step[:, None])[:, :, None], sums[None, :, :], 0.0)
+        mask = (chunk < end)[:, None] & (slot < M)[None, :]
+        tl.store(chunk_log + (bh * num_chunks + chunk)[:, None] * M + slot[None, :], behind[None, :] + tl.sum(earlier, 1), mask=mask)
+        behind += tl.sum(sums, 0)
     tl.store(segment_log + (bh * tl.num_programs(0) + segment) * M + slot, behind, mask=slot < M)
 
 

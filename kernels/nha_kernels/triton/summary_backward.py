@@ -147,6 +147,7 @@ def summary_backward_tokens(
     dv_token,
     dv_head,
     T,
+    num_chunks,
     num_segments,
     short_segments,
     long_chunks,
@@ -159,40 +160,41 @@ def summary_backward_tokens(
     BD: tl.constexpr,
     SHORT: tl.constexpr,
 ):
-    i = tl.program_id(0)
     column = tl.program_id(1) * BD + tl.arange(0, BD)
     bh = tl.program_id(2).to(tl.int64)
     b, h = bh // H, bh % H
-    if i < short_segments * SHORT:
-        segment = i // SHORT
-    else:
-        segment = short_segments + (i - short_segments * SHORT) // long_chunks
     index = tl.arange(0, C)
-    token = (tl.num_programs(0) - 1 - i) * C + index.to(tl.int64)
-    at_segment = (bh * num_segments + segment) * M
-    at_chunk = (bh * tl.num_programs(0) + i) * M
-    acc = tl.zeros((C, BD), tl.float32)
-    largest = GONE
-    for m in range(0, M, BM):
-        slot = m + tl.arange(0, BM)
-        behind = tl.load(logs_behind + at_segment + slot, mask=slot < M, other=GONE)
-        behind += tl.load(chunk_log + at_chunk + slot, mask=slot < M, other=0.0)
-        left = tl.max(behind)
-        if left > GONE:
-            gate, _ = load_gates(g + b * g_batch + h * g_head, g_token, token, T, slot, M)
-            weight = write_strength(gate) * tl.exp(summed_behind(gate, index) + behind[None, :])
-            at = d_update + (bh * M + slot)[:, None] * (K + V) + column[None, :]
-            gradient = tl.load(at, mask=(slot < M)[:, None], other=0.0)
-            acc = tl.dot(weight.to(gradient.dtype), gradient, acc, input_precision="tf32x3")
-        largest = tl.maximum(largest, left)
-    if largest > GONE:
-        ok = (token < T)[:, None]
-        if tl.program_id(1) * BD < K:
-            at_key = dk + b * dk_batch + token[:, None] * dk_token + h * dk_head + column[None, :]
-            tl.store(at_key, (tl.load(at_key, mask=ok, other=0.0) + acc).to(dk.dtype.element_ty), mask=ok)
+    group = tl.program_id(0) * SHORT
+    for i in range(group, tl.minimum(group + SHORT, num_chunks)):
+        if i < short_segments * SHORT:
+            segment = i // SHORT
         else:
-            at_value = dv + b * dv_batch + token[:, None] * dv_token + h * dv_head + (column - K)[None, :]
-            tl.store(at_value, (tl.load(at_value, mask=ok, other=0.0) + acc).to(dv.dtype.element_ty), mask=ok)
+            segment = short_segments + (i - short_segments * SHORT) // long_chunks
+        token = (num_chunks - 1 - i) * C + index.to(tl.int64)
+        at_segment = (bh * num_segments + segment) * M
+        at_chunk = (bh * num_chunks + i) * M
+        acc = tl.zeros((C, BD), tl.float32)
+        largest = GONE
+        for m in range(0, M, BM):
+            slot = m + tl.arange(0, BM)
+            behind = tl.load(logs_behind + at_segment + slot, mask=slot < M, other=GONE)
+            behind += tl.load(chunk_log + at_chunk + slot, mask=slot < M, other=0.0)
+            left = tl.max(behind)
+            if left > GONE:
+                gate, _ = load_gates(g + b * g_batch + h * g_head, g_token, token, T, slot, M)
+                weight = write_strength(gate) * tl.exp(summed_behind(gate, index) + behind[None, :])
+                at = d_update + (bh * M + slot)[:, None] * (K + V) + column[None, :]
+                gradient = tl.load(at, mask=(slot < M)[:, None], other=0.0)
+                acc = tl.dot(weight.to(gradient.dtype), gradient, acc, input_precision="tf32x3")
+            largest = tl.maximum(largest, left)
+        if largest > GONE:
+            ok = (token < T)[:, None]
+            if tl.program_id(1) * BD < K:
+                at_key = dk + b * dk_batch + token[:, None] * dk_token + h * dk_head + column[None, :]
+                tl.store(at_key, (tl.load(at_key, mask=ok, other=0.0) + acc).to(dk.dtype.element_ty), mask=ok)
+            else:
+                at_value = dv + b * dv_batch + token[:, None] * dv_token + h * dv_head + (column - K)[None, :]
+                tl.store(at_value, (tl.load(at_value, mask=ok, other=0.0) + acc).to(dv.dtype.element_ty), mask=ok)
 
 
 @on_device_of_first_argument
@@ -218,7 +220,7 @@ def add_summary_gradients_on_gpu(
         launch.segments,
         M=slots,
         D=dim,
-        BD=64,
+        BD=128 if dim % 128 == 0 else 64,
         SEGMENTS=launch.padded_segments,
     )
     summary_backward_gates[(launch.segments, launch.slot_blocks, rows)](
@@ -236,7 +238,7 @@ def add_summary_gradients_on_gpu(
         **launch.tiles,
         num_stages=1 if exact else 3,
     )
-    summary_backward_tokens[(chunks, dim // launch.columns, rows)](
+    summary_backward_tokens[(triton.cdiv(chunks, launch.tiles["SHORT"]), dim // launch.columns, rows)](
         g,
         chunk_log,
         logs_behind,
@@ -245,6 +247,7 @@ def add_summary_gradients_on_gpu(
         dv,
         *strides(g, dk, dv),
         num_tokens,
+        chunks,
         launch.segments,
         short,
         long_chunks,
