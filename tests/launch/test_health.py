@@ -114,7 +114,8 @@ def test_two_processes_give_one_table_and_one_status(tmp_path: Path, device: str
     lines = done.stdout.splitlines()
     assert lines[0].startswith("node") and lines[1].split()[1] == "0-1" and "Traceback" not in done.stderr
     if device == "cpu":
-        assert done.returncode == 0 and lines[1].endswith("ok") and lines[2].startswith("all-reduce over 2 ranks: right"), done.stdout
+        verdict = lines[1].split()[-1]  # "slow" on a machine that is busy with something else
+        assert done.returncode == 0 and verdict in ("ok", "slow") and lines[2].startswith("all-reduce over 2 ranks: right"), done.stdout
     else:  # no rank has the device that it wants
         assert done.returncode == 1 and lines[1].endswith("broken"), done.stdout
         assert [line.split(", rank ")[1][0] for line in lines[2:]] == ["0", "1"] and "shows 0 CUDA device" in lines[2]

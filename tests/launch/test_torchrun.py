@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import random
 import re
 import signal
 import socket
 import subprocess
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,7 @@ def write_run(folder: Path, **sections: dict[str, Any]) -> Path:
     return folder / "run" / "metrics.jsonl"
 
 
-@contextmanager
+@contextlib.contextmanager
 def running(folder: Path, script: str, *arguments: str, **extra: str) -> Iterator[subprocess.Popen[bytes]]:
     """The script in the background, its output in folder/log; every process of it is gone afterwards."""
     environment = submit_environment(**{"NPROC_PER_NODE": "2", "MASTER_PORT": str(free_port()), **extra})
@@ -57,9 +58,14 @@ def running(folder: Path, script: str, *arguments: str, **extra: str) -> Iterato
 
 
 def free_port() -> int:
-    """One that nobody listens on: several of these tests may run at once."""
-    with socket.create_server(("", 0)) as server:
-        return int(server.getsockname()[1])
+    """One that nobody listens on: several of these tests may run at once.
+
+    Below those that the system gives to outgoing connections, one of which may take it before it is listened on.
+    """
+    while True:
+        port = random.SystemRandom().randrange(20000, 32000)
+        with contextlib.suppress(OSError), socket.create_server(("", port)):
+            return port
 
 
 def wait_for(condition: Callable[[], object], folder: Path) -> None:

@@ -24,7 +24,7 @@ from typing import Any
 
 from tests.distributed import _run_task, poison_uninitialised_memory
 
-PATIENCE_S = 240.0
+PATIENCE_S = 600.0
 _CREATES = os.O_WRONLY | os.O_RDWR | os.O_CREAT
 
 
