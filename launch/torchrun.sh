@@ -12,7 +12,7 @@
 #   NPROC_PER_NODE=8             processes of this node           [one per visible GPU, 1 without]
 #   MAX_RESTARTS=3               times that all processes are started again, from the newest checkpoint, after one failed [3]
 #   RDZV_TIMEOUT=300             seconds to wait for all nodes                     [300]
-#   STOP_TIMEOUT=600             seconds to save after SIGTERM or SIGINT, before SIGKILL [600]
+#   STOP_TIMEOUT=600             seconds to save after SIGTERM or SIGINT, before SIGKILL [600; torch 2.11 always waits 30]
 #   PYTHON=python3               interpreter
 #
 # Exit status: 0 complete, 1 failed, 2 a mistake in the configuration (nothing was started), 3 given up by its
