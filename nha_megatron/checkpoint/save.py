@@ -33,6 +33,7 @@ from nha_megatron.checkpoint.files import (
     sync,
     write_latest,
 )
+from nha_megatron.checkpoint.host_memory import HostMemory
 from nha_megatron.checkpoint.manifest import FileEntry, Manifest, versions, write_manifest
 from nha_megatron.checkpoint.shards import ShardWriter, Written
 from nha_megatron.checkpoint.state import Progress, rng_for_saving
@@ -50,10 +51,18 @@ class PendingSave:
     Args:
         config: the resolved configuration, kept in the manifest.
         data: what the run reads (`data_identity`), kept in the manifest.
+        memory: that of the save before, which has been finished.
     """
 
     def __init__(
-        self, root: Path, engine: Engine, progress: Progress, config: dict[str, Any], copy: bool, data: dict[str, Any] | None = None
+        self,
+        root: Path,
+        engine: Engine,
+        progress: Progress,
+        config: dict[str, Any],
+        copy: bool,
+        data: dict[str, Any] | None = None,
+        memory: HostMemory | None = None,
     ) -> None:
         self.progress = replace(progress)  # the run's own moves on
         self.path = step_directory(root, progress.step)
@@ -67,8 +76,11 @@ class PendingSave:
         assert "rng_state" not in state
         state["rng_state"] = rng_for_saving(engine.device)
         # On CUDA the copy to host memory is one; what the engine has in host memory there, it made for this call.
-        self._writer = ShardWriter(state, self._partial, copy and engine.device.type == "cpu")
+        memory = HostMemory() if memory is None else memory
+        memory.begin()
+        self._writer = ShardWriter(state, self._partial, copy and engine.device.type == "cpu", memory)
         self._writer.start()
+        self.began_in = time.perf_counter() - self.started  # seconds
 
     def advance(self) -> tuple[bool, int, int]:
         """(all ranks have ended writing, bytes written by now, bytes in all), the same on every rank."""

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from nha_megatron.checkpoint.files import CheckpointError
+from nha_megatron.checkpoint.host_memory import HostMemory
 from nha_megatron.checkpoint.save import PendingSave
 from nha_megatron.checkpoint.state import Progress
 from nha_megatron.config import CheckpointConfig
@@ -47,7 +48,8 @@ class CheckpointSaver:
         self._say, self._alive = say, alive
         self._pending: PendingSave | None = None
         self._failures = 0
-        self._waited = 0.0  # seconds that training stood still for the pending save
+        self._memory = HostMemory() if settings.asynchronous else None
+        self._waited = 0.0  # seconds that training stood still for the pending save, after it had begun
 
     def save(self, progress: Progress, last: bool = False) -> None:
         """Starts a checkpoint of this moment, after the one before; waits for it unless checkpoints are asynchronous.
@@ -58,14 +60,13 @@ class CheckpointSaver:
             self.settle()
         else:
             self.wait()
-        started = time.perf_counter()
         copy = self._settings.asynchronous and not last
         try:
-            self._pending = PendingSave(self._root, self._engine, progress, self._config, copy, self._data)
+            self._pending = PendingSave(self._root, self._engine, progress, self._config, copy, self._data, self._memory)
         except CheckpointError as error:
             self._failed(error, last)
             return
-        self._waited = time.perf_counter() - started
+        self._waited = 0.0
         if not copy:
             self.wait(last)
 
@@ -117,10 +118,11 @@ class CheckpointSaver:
             return
         now = time.perf_counter()
         self._failures = 0
-        took, waited = now - pending.started, self._waited + now - started
-        self._say(
-            f"step {pending.progress.step}: saved {path} in {took:.1f} s" + (f", {waited:.1f} s of training" if waited < took else "")
-        )
+        said = f"step {pending.progress.step}: saved {path} in {now - pending.started:.1f} s"
+        if self._settings.asynchronous:
+            waited = self._waited + now - started
+            said += f"; training stood still {pending.began_in:.1f} s to copy the state and {waited:.1f} s for the disk"
+        self._say(said)
 
     def _failed(self, error: CheckpointError, last: bool) -> None:
         self._failures += 1

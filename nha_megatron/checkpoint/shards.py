@@ -29,6 +29,7 @@ from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.storage import WriteResult
 
 from nha_megatron.checkpoint.files import reason_of
+from nha_megatron.checkpoint.host_memory import HostMemory
 from nha_megatron.checkpoint.manifest import FileEntry
 
 _BACKEND, _VERSION = "torch_dist", 1
@@ -51,9 +52,10 @@ class ShardWriter:
     Args:
         state: for `megatron.core.dist_checkpointing`. What is written is its content at this moment.
         copy: whether tensors in host memory are copied, because training will change them while they are written.
+        memory: takes the copies of these tensors, and of those on devices.
     """
 
-    def __init__(self, state: dict[str, Any], directory: Path, copy: bool) -> None:
+    def __init__(self, state: dict[str, Any], directory: Path, copy: bool, memory: HostMemory) -> None:
         sharded, common = save_preprocess(state)
         plan = _Plan()
         plan.make(sharded, directory)
@@ -63,7 +65,7 @@ class ShardWriter:
         torch.save(common, buffer)
         self._common = buffer.getvalue()
         self._buckets = [
-            (Path(path), name, objects, _on_host(tensors, copy)) for path, name, (objects, tensors) in self._writer.write_buckets
+            (Path(path), name, objects, _on_host(tensors, copy, memory)) for path, name, (objects, tensors) in self._writer.write_buckets
         ]
         self._writer.write_buckets = []  # nothing else needs the tensors of the model
         self.bytes_total = sum(tensor.numel() * tensor.element_size() for *_, tensors in self._buckets for _, tensor in tensors)
@@ -189,9 +191,8 @@ def _write_item(item: Any, data: Any, name: str, stream: _Stream) -> WriteResult
     return WriteResult(index=item.index, size_in_bytes=length, storage_data=_StorageInfo(name, offset, length))
 
 
-def _on_host(tensors: list[tuple[Any, torch.Tensor]], copy: bool) -> list[tuple[Any, torch.Tensor]]:
-    # A blocking copy, on the stream of the training step: it sees what the step wrote, and the next step may overwrite it.
-    return [(item, tensor.detach().to("cpu", copy=copy)) for item, tensor in tensors]
+def _on_host(tensors: list[tuple[Any, torch.Tensor]], copy: bool, memory: HostMemory) -> list[tuple[Any, torch.Tensor]]:
+    return [(item, memory.copy(tensor) if copy or tensor.is_cuda else tensor.detach()) for item, tensor in tensors]
 
 
 def _describe(error: Exception) -> str:

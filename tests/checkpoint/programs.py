@@ -25,6 +25,7 @@ from nha_megatron.checkpoint import load as load_module
 from nha_megatron.checkpoint import manifest as manifest_module
 from nha_megatron.checkpoint import saver as saver_module
 from nha_megatron.checkpoint import shards as shards_module
+from nha_megatron.checkpoint.host_memory import HostMemory
 from nha_megatron.checkpoint.save import PendingSave
 from nha_megatron.checkpoint.saver import CheckpointSaver
 from nha_megatron.checkpoint.shards import ShardWriter
@@ -57,7 +58,7 @@ def save_twice(root: str, parallel: dict[str, Any], precision: str = "fp32", dev
 def write_a_tensor_that_changes(directory: str, copy: bool) -> str:
     """sha256 of the file: a tensor of ones, set to zero before the writer starts."""
     tensor = torch.ones(1000)
-    writer = ShardWriter({"tensor": ShardedTensor.from_rank_offsets("tensor", tensor)}, Path(directory), copy)
+    writer = ShardWriter({"tensor": ShardedTensor.from_rank_offsets("tensor", tensor)}, Path(directory), copy, HostMemory())
     tensor.zero_()
     writer.start()
     (entry,) = writer.result().files.values()
