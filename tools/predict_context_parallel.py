@@ -26,6 +26,7 @@ from matplotlib import pyplot as plt
 from matplotlib.ticker import PercentFormatter, ScalarFormatter
 
 from nha_megatron.config import ConfigError, ModelConfig
+from nha_megatron.config.arithmetic import context_parallel_bytes
 from nha_megatron.config.context_parallel_cost import LayerCost, LayerRates, MeasuredTimes, full_layer_ms, nha_layer_cost
 from nha_megatron.config.network_cost import Gather, Link, Network
 
@@ -171,6 +172,13 @@ def extrapolation_table(model: Extrapolation) -> str:
     return "\n".join(lines)
 
 
+def gather_or_scan(model: Extrapolation, ranks: int) -> str:
+    """What another algorithm would gain where the gather costs most."""
+    one_piece = context_parallel_bytes(model.measured.model, 0, 1, ranks)
+    gather, scan = model.network.all_gather_ms(one_piece, ranks, model.gather), model.network.scan_ms(one_piece, ranks)
+    return f"Gradients of slots over {ranks} ranks: all-gather {gather:.2f} ms, log-step scan (not built) {scan:.2f} ms"
+
+
 def _short(tokens: int) -> str:
     return f"{tokens // 2**20}M" if tokens >= 2**20 else f"{tokens // 2**10}k"
 
@@ -256,6 +264,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
         return 1
     print(f"Not measured: more ranks (all-gather by {arguments.gather}); milliseconds\n\n{table}\n")
+    print(f"{gather_or_scan(model, FIGURE_RANKS[-1])}\n")
     draw(measured, predicted, model, arguments.summary_was, arguments.output)
     print(arguments.output)
     return 0

@@ -82,6 +82,10 @@ class Network:
             held *= 2
         return total
 
+    def scan_ms(self, num_bytes: float, ranks: int) -> float:
+        """A log-step scan of `num_bytes`: ceil(log2 R) messages one after another, each over twice the distance."""
+        return (ranks - 1).bit_length() * self.neighbour_ms(num_bytes, ranks)
+
     def neighbour_ms(self, num_bytes: float, ranks: int) -> float:
         """`num_bytes` from every rank to the next: the pairs that lie in two nodes are the slowest."""
         self._check(num_bytes, ranks)

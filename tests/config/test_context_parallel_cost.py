@@ -59,6 +59,12 @@ def test_doubling_sends_as_many_bytes_in_fewer_steps():
     assert NETWORK.all_gather_ms(1e6, 12, "doubling") == pytest.approx(0.005 + 2 * 0.002 + 3 * 0.01 + 2 * 0.020 + 8 * 0.1)
 
 
+def test_a_scan_takes_as_many_messages_as_the_ranks_have_bits():
+    assert NETWORK.scan_ms(1e6, 4) == pytest.approx(2 * 0.017)  # inside the node: start 5 us, hop 2 us, bytes 10 us
+    assert NETWORK.scan_ms(1e6, 12) == pytest.approx(4 * (0.005 + 0.020 + 0.1))  # some pair is always in two nodes
+    assert NETWORK.scan_ms(1e6, 1) == NETWORK.scan_ms(0, 8) == 0.0
+
+
 def test_neighbours_and_all_to_all_by_hand():
     assert NETWORK.neighbour_ms(1e6, 4) == pytest.approx(0.005 + 0.002 + 0.01)
     assert NETWORK.neighbour_ms(1e6, 5) == pytest.approx(0.005 + 0.020 + 0.1)
