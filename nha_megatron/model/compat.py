@@ -29,12 +29,14 @@ from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
 from torch import nn
 
+from nha_megatron.model.mlp import GatedMLP
+
 
 def mlp_spec(submodules: MLPSubmodules) -> Any:
     """The `mlp` entry of a transformer layer's submodules."""
-    if hasattr(MLP, "as_mlp_submodule"):
-        return functools.partial(MLP.as_mlp_submodule, submodules=submodules)
-    return ModuleSpec(module=MLP, submodules=submodules)
+    if hasattr(GatedMLP, "as_mlp_submodule"):
+        return functools.partial(GatedMLP.as_mlp_submodule, submodules=submodules)
+    return ModuleSpec(module=GatedMLP, submodules=submodules)
 
 
 def mark_tensor_parallel_weights(model: nn.Module) -> None:
