@@ -73,13 +73,13 @@ def layer_activation_bytes(config: RunConfig, recompute: str) -> int:
     residual = 4 * model.hidden_size * element  # inputs and outputs of both norms
     query, key_value = model.num_heads * model.head_dim, model.num_kv_heads * model.head_dim
     gates = model.num_kv_heads * model.num_slots
-    sharded = (query + 2 * key_value + gates) * element + gates * arithmetic.STATE_BYTES  # q, k, v, gate logits; log-gates
-    sharded += 3 * model.ffn_hidden_size * element  # gate, up and their product
+    sharded = (query + 2 * key_value) * element + 2 * gates * arithmetic.STATE_BYTES  # q, k, v; gate logits and log-gates
+    sharded += 3 * model.ffn_hidden_size * element  # gate, up and the product (model/mlp.py)
     sharded += query * element  # output of the operator
     if model.qk_norm == "rms":
         sharded += (query + key_value) * element
     if model.value_activation == "silu":
-        sharded += key_value * element
+        sharded += (query + 2 * key_value) * element  # its input is a part of the projections' output, which is kept whole
     if model.output_norm == "rms":
         sharded += 2 * query * element  # SiLU of the output, and its norm
     if recompute == "none":
