@@ -7,15 +7,16 @@ predecessors.
     forward    summary of own pieces -> message -> memory behind which the tokens already lie -> operator
     backward   operator -> gradients of memory -> message -> gradients of own pieces and tokens, added to the operator's in place
 
-What overlaps on a GPU: messages travel on the communication library's stream. In the forward the shard's keys, values and log-gates are
-copied behind the memory on another stream meanwhile, which takes longer than summary and message together. In the backward nothing is left
-to compute: the operator has finished, and what follows needs the message. Streams decide when something runs, never what is added to what.
+What overlaps on a GPU: in the forward, summary and message have a stream of their own, beside which the shard's keys, values and log-gates
+are copied behind the memory. In the backward nothing is left to compute beside the message: the operator has finished, and what follows
+needs what arrives. Streams decide when something runs, never what is added to what.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import lru_cache
 from typing import Any
 
@@ -29,7 +30,7 @@ from nha_kernels.conventions import EmptySlots
 from nha_kernels.slot_summary import add_summary_gradients, summarise_slots
 
 from .boundaries import boundaries_on, documents_of_rows
-from .context_parallel_messages import forward_message, start_backward_message
+from .context_parallel_messages import forward_message, start_backward_message, used_here
 from .context_parallel_plan import ContextParallelPlan, plan_context_parallel
 from .context_parallel_slots import compose_slots, piece_gradient
 
@@ -136,27 +137,26 @@ def fetch_memory(
     return q, ContinuedTokens(keys, values, log_gates, slots, length=plan.length, window=plan.window)
 
 
-def _start_copies(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> Callable[[], None]:
-    """Copies on a stream of their own; the call that is returned makes the current stream wait for them.
-
-    No memory is allocated on that stream, and what is used there is not given back before the current stream has waited.
-    """
-    device = sources[0].device
+@contextmanager
+def _exchange_stream(device: torch.device) -> Iterator[None]:
+    """Inside, work is queued on the exchange's stream, behind all that the current stream has queued before."""
     if device.type != "cuda":
-        for target, source in zip(targets, sources, strict=True):
-            target.copy_(source)
-        return lambda: None
-    stream, current = _stream_of_copies(device), torch.cuda.current_stream(device)
-    stream.wait_stream(current)
+        yield
+        return
+    stream = _stream_of(device)
+    stream.wait_stream(torch.cuda.current_stream(device))
     with torch.cuda.stream(stream):
-        for target, source in zip(targets, sources, strict=True):
-            target.copy_(source)
-    return lambda: current.wait_stream(stream)
+        yield
+
+
+def _wait_for_exchange_stream(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.current_stream(device).wait_stream(_stream_of(device))
 
 
 @lru_cache
-def _stream_of_copies(device: torch.device) -> torch.cuda.Stream:
-    return torch.cuda.Stream(device)
+def _stream_of(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device, priority=-1)  # small kernels, which would else wait behind the copies
 
 
 class _Exchange(torch.autograd.Function):
@@ -167,18 +167,20 @@ class _Exchange(torch.autograd.Function):
         ctx: Any, plan: ContextParallelPlan, group: dist.ProcessGroup, q: Tensor, k: Tensor, v: Tensor, g: Tensor
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """q as it came; keys, values and log-gates [B, P + L, H, .] with P received rows in front; initial slots [B, H, M, C]."""
+        with _exchange_stream(k.device):
+            message = forward_message(plan, group, (k, v, g))
+            kept = [
+                summarise_slots(k[:, piece.start : piece.stop], v[:, piece.start : piece.stop], g[:, piece.start : piece.stop], out)
+                if piece.consumers
+                else ()
+                for piece, out in zip(plan.pieces, message.pieces, strict=True)
+            ]
+            message.start()
         held = plan.halo_tokens
         extended = [x.new_empty(x.shape[0], held + x.shape[1], *x.shape[2:]) for x in (k, v, g)]
-        copied = _start_copies([rows[:, held:] for rows in extended], (k, v, g))
-        message = forward_message(plan, group, (k, v, g))
-        kept = [
-            summarise_slots(k[:, piece.start : piece.stop], v[:, piece.start : piece.stop], g[:, piece.start : piece.stop], out)
-            if piece.consumers
-            else ()
-            for piece, out in zip(plan.pieces, message.pieces, strict=True)
-        ]
-        message.start()
-        copied()
+        for rows, x in zip(extended, (k, v, g), strict=True):
+            rows[:, held:].copy_(x)
+        _wait_for_exchange_stream(k.device)
         pieces = message.wait(tuple(rows[:, :held] for rows in extended))
 
         ctx.plan, ctx.group = plan, group
@@ -205,6 +207,7 @@ class _Exchange(torch.autograd.Function):
                 d_piece = piece_gradient(plan, piece, slot_gradients, log_decays, before)
                 k, v, g = (x[:, held + piece.start : held + piece.stop] for x in (keys, values, log_gates))
                 dk, dv, dg = (x[:, piece.start : piece.stop] for x in d_tokens)
+                used_here(*of_piece)
                 add_summary_gradients(k, v, g, of_piece, d_piece, dk, dv, dg)
         for send, d_rows in zip(plan.sends, d_sent, strict=True):
             for total, gradient in zip(d_tokens, d_rows, strict=True):

@@ -58,6 +58,13 @@ def _packs(plan: ContextParallelPlan, like: Tokens) -> bool:
     return len(plan.pieces) > 0 and packs_halo(halo_bytes, plan.window, plan.tokens_per_rank, plan.num_ranks)
 
 
+def used_here(*tensors: Tensor) -> None:
+    """Tells the allocator that the current stream reads tensors that were made on the stream of the exchange."""
+    for x in tensors:
+        if x.is_cuda:
+            x.record_stream(torch.cuda.current_stream(x.device))
+
+
 class _Layout:
     """Tensors in one buffer of bytes, each at a multiple of 16 so that kernels may read it as it lies."""
 
@@ -100,6 +107,7 @@ class _PackedForward:
 
     def wait(self, halo: Tokens) -> Tensor:
         self.work.wait()
+        used_here(self.gathered)
         if self.plan.halo_tokens:
             _, *tail = self.layout.views(self.gathered[self.plan.rank - 1])
             for to, part in zip(halo, tail, strict=True):
@@ -144,6 +152,7 @@ class _SeparateForward:
             to.copy_(part)
         if self.pieces_arrive is not None:
             self.pieces_arrive.wait()
+        used_here(self.received, self.gathered)
         return self.gathered
 
 
