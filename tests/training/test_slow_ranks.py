@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -96,19 +97,29 @@ def test_under_zero_3_no_module_is_measured_because_all_gather_their_weights(ran
 
 def pretrain_with_a_slow_rank(plain: dict[str, Any], rank: int, place: str) -> str | None:
     """Program: the whole job, one rank of which sleeps while it reads its batches, or in every MLP."""
-    owner, name = {"data": (StageData, "training_batches"), "mlp": (MLP, "forward")}[place]
-    honest = getattr(owner, name)
 
-    def slow(*args: Any, **kwargs: Any) -> Any:
+    def sleep() -> None:
         if dist.get_rank() == rank:
             time.sleep(0.5)
-        return honest(*args, **kwargs)
 
-    setattr(owner, name, slow)
+    def slow_mlp(module: torch.nn.Module, *_: Any) -> None:
+        if isinstance(module, MLP):
+            sleep()
+
+    def slow_batches(*arguments: Any) -> Any:
+        sleep()
+        return training_batches(*arguments)
+
+    training_batches = StageData.training_batches
+    if place == "data":
+        with mock.patch.object(StageData, "training_batches", slow_batches):
+            return small_run.pretrain_on_rank(plain)
+    # Hooks of all modules run before those of one, with which the work is measured.
+    handle = torch.nn.modules.module.register_module_forward_hook(slow_mlp)
     try:
         return small_run.pretrain_on_rank(plain)
     finally:
-        setattr(owner, name, honest)
+        handle.remove()
 
 
 @pytest.mark.parametrize(("place", "parallel"), [("data", {}), ("data", {"tensor": 2}), ("mlp", {"context": 2})], ids=str)
