@@ -187,6 +187,7 @@ def _measure_together(report: RankReport, world: int, config: RunConfig, store: 
         rank=report.rank,
         world_size=world,
         timeout=timedelta(seconds=PATIENCE_S),
+        device_id=device if device.type == "cuda" else None,
     )
     try:
         report = replace(report, clock_offset_s=_clock_offset(device))
