@@ -35,6 +35,7 @@ def main() -> None:
     torch.use_deterministic_algorithms(False)
     torch.utils.deterministic.fill_uninitialized_memory = False
     copy = measure_rates().copy
+    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, copy {1e-12 * copy:.2f} TB/s", flush=True)
     for tokens in map(int, arguments.lengths.split(",")):
         k, v = (torch.randn(1, tokens, KV_HEADS, DIM, device="cuda", dtype=torch.bfloat16) for _ in range(2))
         z = torch.randn(1, tokens, KV_HEADS, SLOTS, device="cuda")
