@@ -68,7 +68,7 @@ AGREEMENT_S = 20.0  # all ranks run out of memory at about the same time, or som
 # A first step that took longer is followed by one timed step only; a still longer one is the timed step itself, as by then all kernels
 # have been compiled for a shorter sequence, and memory is soon allocated.
 LONG_STEP_S, VERY_LONG_STEP_S = 1.5, 5.0
-HANGING_S = 90.0
+HANGING_S = 40.0  # a row takes less; the stack shows where a rank waits
 
 Row = dict[str, Any]
 
