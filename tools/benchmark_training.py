@@ -106,7 +106,7 @@ class Bench:
         self.world_size = int(os.environ["WORLD_SIZE"])
         self._engine: MegatronEngine | None = None
         self._built: tuple[int, str] | None = None
-        self._failures = 0
+        self.failures = 0
 
     def engine(self, setting: Setting, config: RunConfig) -> MegatronEngine:
         # Imported late: Megatron warns on import, and its known warnings are silenced by then.
@@ -134,8 +134,8 @@ class Bench:
     def recover(self) -> None:
         """After memory has run out on this rank. Raises `RanksDisagree` where it has not on all."""
         self.release()
-        self._failures += 1
-        if not all_ranks_arrive(f"failure {self._failures}", self.world_size, AGREEMENT_S):
+        self.failures += 1
+        if not all_ranks_arrive(f"failure {self.failures}", self.world_size, AGREEMENT_S):
             raise RanksDisagree
 
     def first_step(self, setting: Setting, sequences: int) -> tuple[float, float]:
@@ -237,9 +237,9 @@ def series(
                 row |= {"recompute": choice, **measure(Setting(context, tokens, choice))}
                 fits = True
                 break
-            except torch.OutOfMemoryError:
+            except torch.OutOfMemoryError as error:
                 tried.append(choice)
-                row["recompute"] = None
+                row |= {"recompute": None, "message": str(error).partition("\n")[0]}
             try:
                 recover()  # outside of the `except` above, whose traceback holds the step's tensors
             except RanksDisagree:
@@ -422,8 +422,13 @@ def benchmark(arguments: argparse.Namespace, base: RunConfig, command: Sequence[
         if stuck:
             print(f"memory ran out on rank {os.environ['RANK']} but not on all; the others wait for it", file=sys.stderr, flush=True)
             os._exit(1)  # joins nothing: the launcher ends the others
-    bench.release()
     say("done\n" + json.dumps(result["weak_scaling"], indent=2))
+    if bench.failures:
+        # Seen on two GPUs: after a step that memory cut off, destroying NCCL's groups never returns.
+        dist.barrier()
+        sys.stdout.flush()
+        os._exit(0)
+    bench.release()
     return 0
 
 
