@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import re
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -42,6 +41,21 @@ FIGURE_RANKS = [2, 4, 8, 16, 32, 64]
 COLOURS = {16384: "#D55E00", 65536: "#0072B2", 131072: "#009E73"}
 
 
+# What sums up the slots, forward and backward, as the run on two GPUs lists it; the others take the same time at any length.
+SUMMARY_KERNELS = (
+    "sum_log_gates",
+    "summarise_segments",
+    "compose_summary",
+    "summary_backward_segments",
+    "summary_backward_gates",
+    "summary_backward_tokens",
+)
+OVER_ALL_TOKENS = {
+    "usual": ("sum_log_gates", "summary_backward_tokens"),
+    "slow": ("sum_log_gates", "summary_backward_tokens", "summarise_segments", "summary_backward_gates"),
+}
+
+
 @dataclass(frozen=True)
 class Measurements:
     """What the files in the repository say; milliseconds forward and backward."""
@@ -50,13 +64,12 @@ class Measurements:
     window: int
     two_ranks: dict[int, float]  # tokens a rank -> the layer over two ranks
     one_rank: MeasuredTimes  # the operator in the same run
-    operator: MeasuredTimes  # the present operator, another GPU
-    full_attention: MeasuredTimes
-    summary: dict[str, MeasuredTimes]  # by `kernels`, and what else the file has
-    copy_tb_per_s: float
+    summary: MeasuredTimes  # in the same run at the first length; longer ones by what each kernel goes over
+    copy_tb_per_s: float  # another GPU, which is slower
+    full_attention: MeasuredTimes  # that GPU
 
 
-def read_measurements(two_gpus: Path, operator: Path, summary: Path) -> Measurements:
+def read_measurements(two_gpus: Path, operator: Path) -> Measurements:
     """Raises `ConfigError` when a file is missing or is not what the benchmark of that name writes."""
     pair, benchmark = _read_json(two_gpus), _read_json(operator)
     try:
@@ -82,30 +95,26 @@ def read_measurements(two_gpus: Path, operator: Path, summary: Path) -> Measurem
             window=layer["window"],
             two_ranks={row["tokens_per_rank"]: row["all_ranks_ms"] for row in rows},
             one_rank=MeasuredTimes(lengths, tuple(row["one_rank_ms"] for row in rows)),
-            operator=_operator_times(benchmark["rows"], "nha", heads),
-            full_attention=_operator_times(benchmark["rows"], "cudnn", heads),
-            summary=_summary_times(summary),
+            summary=_summary_times(pair["kernels"], lengths[0], OVER_ALL_TOKENS[layer["gates"]]),
             copy_tb_per_s=benchmark["copy_tb_per_s"],
+            full_attention=_full_attention_times(benchmark["rows"], heads),
         )
     except (KeyError, TypeError) as error:
         raise ConfigError(f"{two_gpus} or {operator} lacks {error}: give the files that the benchmarks write") from None
 
 
-def _operator_times(rows: list[dict[str, Any]], name: str, heads: str) -> MeasuredTimes:
+def _full_attention_times(rows: list[dict[str, Any]], heads: str) -> MeasuredTimes:
     """Under CUDA graphs where there is such a time: the host is then out of the way, as the model has it."""
-    chosen = [row for row in rows if (row["name"], row["heads"]) == (name, heads)]
+    chosen = [row for row in rows if (row["name"], row["heads"]) == ("cudnn", heads)]
     return MeasuredTimes(
         tuple(row["tokens"] for row in chosen), tuple(row["both_graph"] if "both_graph" in row else row["both_eager"] for row in chosen)
     )
 
 
-def _summary_times(path: Path) -> dict[str, MeasuredTimes]:
-    found: dict[str, list[tuple[int, float]]] = {}
-    for tokens, name, time in re.findall(r"^T +(\d+) ([\w ]+): .*forward \+ backward ([\d.]+) ms", _read(path), re.MULTILINE):
-        found.setdefault(name, []).append((int(tokens), float(time)))
-    if "kernels" not in found:
-        raise ConfigError(f"{path} has no times of the kernels: give the output of kernels/benchmarks/bench_summary.py")
-    return {name: MeasuredTimes(*zip(*times, strict=True)) for name, times in found.items()}
+def _summary_times(kernels: list[dict[str, Any]], tokens: int, over_all_tokens: Sequence[str]) -> MeasuredTimes:
+    listed = {kernel["name"]: kernel["ms"] for kernel in kernels}
+    once = sum(listed[name] for name in SUMMARY_KERNELS)
+    return MeasuredTimes((tokens, 2 * tokens), (once, once + sum(listed[name] for name in over_all_tokens)))
 
 
 def _read(path: Path) -> str:
@@ -125,20 +134,18 @@ def _read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def predict_two_ranks(measured: Measurements, network: Network, summary: str, small_kernels_ms: float) -> dict[int, LayerCost]:
-    """What the model says of the run on two ranks, whose summary was by `summary`: tokens a rank -> cost."""
-    if summary not in measured.summary:
-        raise ConfigError(f"a summary by {summary!r} was not timed: choose {' or '.join(measured.summary)}")
-    rates = LayerRates(measured.one_rank, measured.summary[summary], measured.copy_tb_per_s, small_kernels_ms)
+def predict_two_ranks(measured: Measurements, network: Network, small_kernels_ms: float) -> dict[int, LayerCost]:
+    """What the model says of the run on two ranks: tokens a rank -> cost."""
+    rates = LayerRates(measured.one_rank, measured.summary, measured.copy_tb_per_s, small_kernels_ms)
     return {tokens: nha_layer_cost(measured.model, measured.window, tokens, 2, rates, network) for tokens in measured.two_ranks}
 
 
 class Extrapolation:
-    """The layer over more ranks than were measured, with operator and summary as measured on one GPU."""
+    """The layer over more ranks than were measured, with operator and summary as measured on one GPU of that run."""
 
     def __init__(self, measured: Measurements, network: Network, gather: Gather, small_kernels_ms: float) -> None:
         self.measured, self.network, self.gather = measured, network, gather
-        self.rates = LayerRates(measured.operator, measured.summary["kernels"], measured.copy_tb_per_s, small_kernels_ms)
+        self.rates = LayerRates(measured.one_rank, measured.summary, measured.copy_tb_per_s, small_kernels_ms)
 
     def cost(self, ranks: int, tokens: int, rails: int | None = None) -> LayerCost:
         network = self.network if rails is None else dataclasses.replace(self.network, rails=rails)
@@ -153,7 +160,7 @@ def validation_table(measured: Measurements, predicted: dict[int, LayerCost]) ->
     lines = ["| tokens a rank | measured, ms | predicted, ms | error | of it network |", "|---|---|---|---|---|"]
     for tokens, cost in predicted.items():
         time = measured.two_ranks[tokens]
-        lines.append(f"| {tokens:,} | {time:.1f} | {cost.total:.1f} | {cost.total / time - 1:+.1%} | {cost.network / cost.total:.1%} |")
+        lines.append(f"| {tokens:,} | {time:.2f} | {cost.total:.2f} | {cost.total / time - 1:+.1%} | {cost.network / cost.total:.1%} |")
     return "\n".join(lines)
 
 
@@ -183,18 +190,18 @@ def _short(tokens: int) -> str:
     return f"{tokens // 2**20}M" if tokens >= 2**20 else f"{tokens // 2**10}k"
 
 
-def draw(measured: Measurements, predicted: dict[int, LayerCost], model: Extrapolation, summary: str, output: Path) -> None:
+def draw(measured: Measurements, predicted: dict[int, LayerCost], model: Extrapolation, output: Path) -> None:
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained", width_ratios=(2, 3))
     for offset, colour, name, times in (
         (-0.2, "#999999", "measured", list(measured.two_ranks.values())),
         (0.2, "#56B4E9", "model", [cost.total for cost in predicted.values()]),
     ):
         bars = left.bar([index + offset for index in range(len(times))], times, width=0.38, color=colour, label=name)
-        left.bar_label(bars, fmt="%.1f", fontsize=8)
+        left.bar_label(bars, fmt="%.2f", fontsize=8)
     left.set_xticks(range(len(predicted)), [f"{tokens:,}" for tokens in predicted])
     left.set_xlabel("tokens a rank")
     left.set_ylabel("layer, forward and backward (ms)")
-    left.set_title(f"Validated: two ranks, summary by {summary}", fontsize=10)
+    left.set_title("Validated: two ranks", fontsize=10)
     left.legend(frameon=False, loc="upper left")
 
     for tokens, colour in COLOURS.items():
@@ -223,13 +230,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Predict the time of one layer over context ranks.")
     parser.add_argument("--two-gpus", type=Path, default=REPOSITORY / "docs" / "context_parallel_two_nvidia_h200.json", metavar="JSON")
     parser.add_argument("--operator", type=Path, default=RESULTS / "nvidia_h100_80gb_hbm3.json", metavar="JSON")
-    parser.add_argument("--summary", type=Path, default=RESULTS / "summary_nvidia_h100_80gb_hbm3.txt", metavar="TXT")
-    parser.add_argument(
-        "--summary-was",
-        default="pytorch",
-        help="what summed up the slots in the run on two GPUs, as --summary names it (default: %(default)s)",
-    )
-    parser.add_argument("--small-kernels-us", type=float, default=100.0, help="of a layer, forward and backward (default: %(default)s)")
+    parser.add_argument("--small-kernels-us", type=float, default=40.0, help="some 20 of 2 us each (default: %(default)s)")
     parser.add_argument("--nvlink-gb-per-s", type=float, default=300.0, help="each way, two thirds of 450 (default: %(default)s)")
     parser.add_argument("--nvlink-us", type=float, default=3.4, help="latency of a hop, as NCCL's tuner has it (default: %(default)s)")
     parser.add_argument("--adapter-gb-per-s", type=float, default=45.0, help="each way, 400 Gb/s less 10 %% (default: %(default)s)")
@@ -248,14 +249,14 @@ def main(argv: Sequence[str] | None = None) -> int:
             rails=arguments.rails,
             start_us=arguments.start_us,
         )
-        measured = read_measurements(arguments.two_gpus, arguments.operator, arguments.summary)
-        predicted = predict_two_ranks(measured, network, arguments.summary_was, arguments.small_kernels_us * 1e-3)
+        measured = read_measurements(arguments.two_gpus, arguments.operator)
+        predicted = predict_two_ranks(measured, network, arguments.small_kernels_us * 1e-3)
         model = Extrapolation(measured, network, arguments.gather, arguments.small_kernels_us * 1e-3)
         table = extrapolation_table(model)
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    print(f"Validated: two ranks over NVLink, summary by {arguments.summary_was}\n\n{validation_table(measured, predicted)}\n")
+    print(f"Validated: two ranks over NVLink\n\n{validation_table(measured, predicted)}\n")
     errors = {tokens: cost.total / measured.two_ranks[tokens] - 1 for tokens, cost in predicted.items()}
     worst = max(errors, key=lambda tokens: abs(errors[tokens]))
     if abs(errors[worst]) > ALLOWED_ERROR:
@@ -265,7 +266,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
     print(f"Not measured: more ranks (all-gather by {arguments.gather}); milliseconds\n\n{table}\n")
     print(f"{gather_or_scan(model, FIGURE_RANKS[-1])}\n")
-    draw(measured, predicted, model, arguments.summary_was, arguments.output)
+    draw(measured, predicted, model, arguments.output)
     print(arguments.output)
     return 0
 
