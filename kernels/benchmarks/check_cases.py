@@ -85,6 +85,7 @@ def _listed() -> list[Case]:
         Case(tokens=131, slots=80, window=40, empty_slots="weight"),
         Case(tokens=75, slots=240, group=2, window=20, empty_slots="mask", memory=(50,)),
         Case(dtype="float16", tokens=75, slots=208, group=5, memory=(30,)),
+        Case(tokens=99, group=9),  # parts of 5 and 4 heads, with different tiles
         Case(tokens=99, group=12, window=32),
         Case(tokens=99, group=16, slots=32, memory=(20,), empty_slots="weight"),
         Case(dtype="float32", tokens=70, group=6, slots=32, window=20),

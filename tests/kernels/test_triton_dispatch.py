@@ -4,9 +4,11 @@ import pytest
 import torch
 
 from nha_kernels import Memory, explain_dispatch, nha_attention
-from nha_kernels.triton.dispatch import run_unchecked_sizes
+from nha_kernels.triton.dispatch import choose_tiles, run_unchecked_sizes
 
 pytest.importorskip("triton", reason="triton is not installed: nothing is dispatched to it")
+
+from nha_kernels.triton import attention
 
 
 def call(
@@ -29,6 +31,7 @@ def test_cpu_tensors_go_to_torch() -> None:
         ({"slots": 24}, 64, "multiple of 16 from 16 to 256, given 24"),
         ({"slots": 272}, 64, "multiple of 16 from 16 to 256, given 272"),
         ({"group": 2, "dims": (256, 256)}, 64, "have been checked with 3 and more query heads"),
+        ({"group": 5, "dims": (256, 256)}, 64, "at a time, given 5"),  # parts of 3 and 2
         ({"group": 1, "slots": 32, "dims": (128, 128), "dtype": torch.bfloat16}, 64, "have been checked with 3 or more query heads"),
         ({"dims": (256, 64), "dtype": torch.float32}, 64, "at most 128"),
         ({"dtype": torch.float32}, None, "takes bfloat16 and float16, not torch.float32"),
@@ -76,6 +79,23 @@ def test_large_groups_run_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     assert "fused, 2 parts of the 12 query heads to a KV head" in explain_dispatch(*call(group=12), window=64)
     assert "fused, 2 parts of the 5 query heads" in explain_dispatch(*call(group=5, dtype=torch.float32), window=64)
+
+
+def test_a_part_of_a_group_has_the_tiles_of_its_own_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    """9 query heads run as 5 and 4. The tiles of 5 heads (128 rows, 8 warps) read out of bounds with the 64 rows of 4."""
+    q, k, v, g = call(group=9)
+    taken = []
+
+    def apply(part: torch.Tensor, *more: object) -> tuple[torch.Tensor, torch.Tensor]:
+        taken.append((part.shape[2] // k.shape[2], more[-1]))
+        return part, part
+
+    monkeypatch.setattr(attention._FusedAttention, "apply", apply)
+    options = attention._Options(held=0, window=64, scale=1.0, empty_slots="attend", rope_attention_factor=1.0)
+    out, _ = attention.fused_attention(q, k, v, g, None, None, None, options)
+    assert out.shape == q.shape
+    assert taken == [(heads, choose_tiles(*call(group=heads), 64)) for heads in (5, 4)]
+    assert [tiles.forward_warps for _, tiles in taken] == [8, 4]
 
 
 def test_sizes_that_were_not_checked_run_where_that_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:

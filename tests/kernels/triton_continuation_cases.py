@@ -29,6 +29,7 @@ CASES = {
     "nothing before": Case(window=5, length=0, empty_slots="weight"),
     "no window": Case(window=0, length=9, empty_slots="weight"),
     "documents": Case(window=4, length=30, empty_slots="mask", documents=(0, 7, 9, 20)),
+    "no token of the memory's document": Case(window=4, length=30, documents=(0, 0, 9, 20)),
 }
 TOLERANCE = 2e-5  # as for the operator: float32 sums in another order; the log-decay's gradient divides by small masses
 

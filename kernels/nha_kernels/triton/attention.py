@@ -38,7 +38,6 @@ class _Options:
     scale: float
     empty_slots: str
     rope_attention_factor: float
-    tiles: Tiles
 
 
 class _FusedAttention(torch.autograd.Function):
@@ -53,11 +52,12 @@ class _FusedAttention(torch.autograd.Function):
         start: Tensor | None,
         rope: Tensor | None,
         options: _Options,
+        tiles: Tiles,
     ) -> tuple[Tensor, Tensor]:
         q, k, v, g = (x.contiguous() for x in (q, k, v, g))
         cos, sin = None, None
         if rope is not None and options.window > 0:
-            reach = options.window + 2 * max(options.tiles.window, options.tiles.key_rows) + 2 * options.tiles.chunk
+            reach = options.window + 2 * max(tiles.window, tiles.key_rows) + 2 * tiles.chunk
             cos, sin = rope_table(rope, options.rope_attention_factor, reach, q)
         problem = Problem(
             q,
@@ -73,7 +73,7 @@ class _FusedAttention(torch.autograd.Function):
             scale=options.scale,
             empty_slots=options.empty_slots,
             attend_window=True,
-            tiles=options.tiles,
+            tiles=tiles,
         )
         starts = segment_starts(problem, None if initial is None else initial.contiguous())
         out, lse, final = forward(problem, starts)
@@ -97,7 +97,7 @@ class _FusedAttention(torch.autograd.Function):
         if p.window > 0:
             backward_window(p, lse, d_out, gradients)
         d_initial = d_initial.view(p.batch, p.kv_heads, *d_initial.shape[1:]) if ctx.has_initial else None
-        return gradients.q, gradients.keys, gradients.values, gradients.gates, d_initial, None, None, None
+        return gradients.q, gradients.keys, gradients.values, gradients.gates, d_initial, None, None, None, None
 
 
 @on_device_of_first_argument
@@ -129,7 +129,6 @@ def triton_attention(
         scale=scale,
         empty_slots=empty_slots,
         rope_attention_factor=rope_attention_factor,
-        tiles=choose_tiles(q, k, v, g, window),
     )
     if memory is None and cu_seqlens is None:  # nothing to prepare: no launch besides the kernels
         out, final = fused_attention(q, k, v, g, None, None, rope, options)
@@ -154,9 +153,12 @@ def fused_attention(
     options: _Options,
 ) -> tuple[Tensor, Tensor]:
     """Output and final slots of the fused kernels, for any number of query heads to a KV head."""
-    return _in_parts_of_groups(
-        lambda part: _FusedAttention.apply(part, k, v, g, initial, start, rope, options), q, k.shape[2], largest_group(q, v)
-    )
+
+    def attend(part: Tensor) -> tuple[Tensor, Tensor]:
+        tiles = choose_tiles(part, k, v, g, options.window)  # of this part's query heads: tiles of more of them may read out of bounds
+        return _FusedAttention.apply(part, k, v, g, initial, start, rope, options, tiles)
+
+    return _in_parts_of_groups(attend, q, k.shape[2], largest_group(q, v))
 
 
 def _in_parts_of_groups(attend: Callable[[Tensor], tuple[Tensor, T]], q: Tensor, kv_heads: int, most: int) -> tuple[Tensor, T]:

@@ -5,7 +5,6 @@ from torch import Tensor
 
 from .attention import _Options, fused_attention
 from .device import on_device_of_first_argument
-from .dispatch import choose_tiles
 
 
 @on_device_of_first_argument
@@ -31,9 +30,11 @@ def fused_continuation(
         scale=scale,
         empty_slots=empty_slots,
         rope_attention_factor=rope_attention_factor,
-        tiles=choose_tiles(q, keys[:, held:], values[:, held:], log_gates[:, held:], window),
     )
-    start = None if cu_seqlens is None else _document_starts(cu_seqlens, q.shape[1], held)
+    start = None
+    if cu_seqlens is not None:
+        start = _document_starts(cu_seqlens, q.shape[1], held)
+        slots = torch.where(cu_seqlens[1] > 0, slots, 0.0)  # the memory's document may have no token here
     out, _ = fused_attention(q, keys, values, log_gates, slots, start, rope, options)
     return out
 

@@ -126,9 +126,10 @@ def refusal_of_slots(q: Tensor, k: Tensor, v: Tensor, g: Tensor) -> str | None:
         return f"in float32 K and V are at most 128, given {dims}: larger tiles exceed shared memory"
     if _run_unchecked.get():
         return None
-    if max(dims) > 128 and group < 3:
-        return f"K and V of 256 have been checked with 3 and more query heads to a KV head, given {group}"
-    if q.dtype == torch.bfloat16 and dims == (128, 128) and slots == 32 and group < 3:
+    fewest = group // -(-group // largest_group(q, v))  # query heads that run at a time, in the smallest part of a large group
+    if max(dims) > 128 and fewest < 3:
+        return f"K and V of 256 have been checked with 3 and more query heads to a KV head at a time, given {group}"
+    if q.dtype == torch.bfloat16 and dims == (128, 128) and slots == 32 and fewest < 3:
         return f"32 slots have been checked with 3 or more query heads to a KV head, given {group}"
     return None
 

@@ -141,7 +141,7 @@ def _refusal_of_package(package: str, versions: tuple[tuple[int, ...], tuple[int
         return f"version {version} is installed, supported are {_dotted(least)} and later before {_dotted(bound)}"
     try:
         importlib.import_module(module)
-    except (ImportError, OSError, RuntimeError) as error:  # built for another torch, a library missing
+    except Exception as error:  # built for another torch or against another version of what it needs: anything can come out of it
         return f"version {version} cannot be imported: {type(error).__name__}: {str(error).splitlines()[0][:120] if str(error) else ''}"
     return None
 
