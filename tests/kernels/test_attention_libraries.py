@@ -94,11 +94,12 @@ def test_a_version_of_flash_attn_4_with_other_arguments_is_passed_over(installed
 
 
 def test_cudnn_gives_way_to_a_deterministic_backward(installed: dict[str, str]) -> None:
-    torch.use_deterministic_algorithms(True)
+    before = torch.get_deterministic_debug_mode()  # the tests run in the mode that fills uninitialised memory
+    torch.set_deterministic_debug_mode("error")
     try:
         choice = choose_library(FULL)
     finally:
-        torch.use_deterministic_algorithms(False)
+        torch.set_deterministic_debug_mode(before)
     assert choice == ("torch-flash", "the fastest measured on this device; not cudnn: its backward is not deterministic")
 
 
