@@ -164,12 +164,16 @@ def main() -> None:
     parser.add_argument("--only", default="", metavar="PATTERN", help="regular expression that a case's name must match somewhere")
     parser.add_argument("--skip", default="", metavar="PATTERN", help="the same, for cases to leave out")
     parser.add_argument("--unchecked", action="store_true", help="run sizes that dispatch refuses because they were not checked")
-    parser.add_argument("--library", help="who attends to wide and full windows; without it dispatch's choice. Then only these cases run")
+    parser.add_argument(
+        "--library",
+        dest="attention_library",
+        help="who attends to wide and full windows; without it dispatch's choice. Then only these cases run",
+    )
     parser.add_argument("--list", action="store_true", help="print the cases and run nothing")
     arguments = parser.parse_args()
     chosen = [case for case in all_cases() if re.search(arguments.only, case.name)]
     chosen = [case for case in chosen if not (arguments.skip and re.search(arguments.skip, case.name))]
-    if arguments.library:
+    if arguments.attention_library:
         chosen = [case for case in chosen if isinstance(case, Case) and case.by_library]
     if arguments.list:
         print("\n".join(case.name for case in chosen))
@@ -179,7 +183,7 @@ def main() -> None:
     chosen.sort(key=lambda case: -case.cost if isinstance(case, Case) else -0.5)  # what takes longest begins first
     began = time.time()
     results = []
-    work = functools.partial(check, unchecked=arguments.unchecked, library=arguments.library)
+    work = functools.partial(check, unchecked=arguments.unchecked, library=arguments.attention_library)
     with multiprocessing.get_context("spawn").Pool(min(arguments.jobs, len(chosen))) as pool:
         for result in pool.imap_unordered(work, chosen):
             results.append(result)

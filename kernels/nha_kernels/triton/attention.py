@@ -221,7 +221,7 @@ def _wide_window(
         slots=slots,
         scale=scale,
         empty_slots=empty_slots,
-        library=choose_library(window_call(q, window, one_document=one_document)).name,
+        attention_library=choose_library(window_call(q, window, one_document=one_document)).name,
         tiles=None if slots is None else choose_tiles(q, k, v, g, slots),
     )
     initial = None if slots is None else _initial_slots(sequence, cu_seqlens, memory)

@@ -24,7 +24,7 @@ class MergedOptions:
     slots: int | None  # the window that the slots go by, None where they hold nothing and nothing is written
     scale: float
     empty_slots: str
-    library: str
+    attention_library: str
     tiles: Tiles | None  # None without slots
 
 
@@ -48,7 +48,7 @@ class MergedAttention(torch.autograd.Function):
         options: MergedOptions,
     ) -> tuple[Tensor, Tensor | None]:
         q, k, v, g, rotated_q, rotated_k = (x.contiguous() for x in (q, k, v, g, rotated_q, rotated_k))
-        out, lse, more = load_library(options.library).forward(rotated_q, rotated_k, v, bounds, options.window, options.scale)
+        out, lse, more = load_library(options.attention_library).forward(rotated_q, rotated_k, v, bounds, options.window, options.scale)
         starts, final = None, None
         if options.slots is None:
             if options.empty_slots == "attend":  # M empty slots, logits and values 0
@@ -76,7 +76,9 @@ class MergedAttention(torch.autograd.Function):
         options: MergedOptions = ctx.options
         d_out = torch.zeros_like(out) if d_out is None else d_out.contiguous()
         result = WindowOutput(out, lse, tuple(more))
-        d_rotated = load_library(options.library).backward(d_out, rotated_q, rotated_k, v, result, bounds, options.window, options.scale)
+        d_rotated = load_library(options.attention_library).backward(
+            d_out, rotated_q, rotated_k, v, result, bounds, options.window, options.scale
+        )
         if options.slots is None:
             return None, None, d_rotated[2], torch.zeros_like(g), d_rotated[0], d_rotated[1], None, None, None, None
         p = _problem(q, k, v, g, start, options)
