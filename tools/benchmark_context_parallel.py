@@ -42,6 +42,7 @@ from nha_megatron.config import ConfigError, ModelConfig, parse_windows
 from nha_megatron.config.arithmetic import context_parallel_bytes
 from nha_megatron.config.full_layers import choose_exchange, exchange_bytes
 from nha_megatron.engine.device import backend_for, choose_device
+from nha_megatron.launch.versions import measurement_facts
 
 Tensors = tuple[Tensor, Tensor, Tensor, Tensor]
 
@@ -303,7 +304,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--check-tokens", type=int, default=1024, help="tokens of a shard in the check before the first timing")
     parser.add_argument("--check-only", action="store_true", help="time nothing")
     parser.add_argument("--kernels", type=int, default=25, help="how many kernels to list")
-    parser.add_argument("--output", type=Path, metavar="JSON")
+    parser.add_argument("--commit", help="of the code, to be noted where there is no git checkout")
+    parser.add_argument("--output", type=Path, metavar="JSON", help="written anew after every row")
     arguments = parser.parse_args(argv)
     if "RANK" not in os.environ:
         parser.error("start it with torchrun: torchrun --nproc-per-node=2 tools/benchmark_context_parallel.py")
@@ -319,13 +321,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     if device.type == "cuda":
         torch.cuda.set_device(device)
     try:
-        return benchmark(arguments, window, device)
+        return benchmark(arguments, window, device, [Path(sys.argv[0]).name, *(sys.argv[1:] if argv is None else argv)])
     finally:
         if joined_here:
             dist.destroy_process_group()
 
 
-def benchmark(arguments: argparse.Namespace, window: int | None, device: torch.device) -> int:
+def benchmark(arguments: argparse.Namespace, window: int | None, device: torch.device, command: Sequence[str]) -> int:
     group = dist.group.WORLD
     assert group is not None
     layer = Layer(
@@ -348,27 +350,30 @@ def benchmark(arguments: argparse.Namespace, window: int | None, device: torch.d
         return 1
     if group.rank() == 0:
         print(f"over {group.size()} ranks as on one in {layer.dtype}: {difference:.1e}", file=sys.stderr, flush=True)
-    rows, kernels = [], []
-    if not arguments.check_only:
-        for tokens in arguments.tokens_per_rank:
-            rows.append(measure(layer, tokens, arguments.repeats, device, group))
-            if group.rank() == 0:
-                print(json.dumps(rows[-1]), file=sys.stderr, flush=True)
-        kernels = list_kernels(layer, arguments.tokens_per_rank[0], arguments.kernels, device, group)
-    result = {
+    result: dict[str, Any] = {
         "ranks": group.size(),
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
-        "torch": torch.__version__,
+        "environment": measurement_facts(device, command, arguments.commit),
         "layer": {name: str(value) if isinstance(value, torch.dtype) else value for name, value in vars(layer).items()},
         "difference_from_one_rank": difference,
-        "rows": rows,
-        "kernels": kernels,
+        "rows": [],
+        "kernels": [],
     }
+
+    def write() -> None:
+        if group.rank() == 0 and arguments.output is not None:
+            arguments.output.write_text(json.dumps(result, indent=2) + "\n")
+
+    write()
+    if not arguments.check_only:
+        for tokens in arguments.tokens_per_rank:
+            result["rows"].append(measure(layer, tokens, arguments.repeats, device, group))
+            write()
+            if group.rank() == 0:
+                print(json.dumps(result["rows"][-1]), file=sys.stderr, flush=True)
+        result["kernels"] = list_kernels(layer, arguments.tokens_per_rank[0], arguments.kernels, device, group)
+        write()
     if group.rank() == 0:
-        text = json.dumps(result, indent=2)
-        print(text)
-        if arguments.output is not None:
-            arguments.output.write_text(text + "\n")
+        print(json.dumps(result, indent=2))
     return 0
 
 

@@ -26,15 +26,12 @@ import os
 # The lengths of a series differ: blocks cached for one would not fit the next, and memory would run out before it is full.
 os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
 
-import platform
-import shlex
 import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
-from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -44,15 +41,14 @@ import torch.distributed as dist
 
 from nha_megatron.checkpoint.files import write_atomically
 from nha_megatron.config import ConfigError, RunConfig, load_config
-from nha_megatron.config.arithmetic import context_parallel_bytes
-from nha_megatron.config.full_layers import exchange_bytes
 from nha_megatron.config.load import with_overrides
 from nha_megatron.config.memory import estimate_memory
+from nha_megatron.config.sent_bytes import bytes_sent_per_layer
 from nha_megatron.data import Batch
 from nha_megatron.data.batch import make_batch
 from nha_megatron.engine.device import choose_device
 from nha_megatron.known_warnings import silence_known_warnings
-from nha_megatron.launch.snapshot import revision
+from nha_megatron.launch.versions import measurement_facts
 from nha_megatron.training.hardware import device_peak_flops, memory_high_water
 
 if TYPE_CHECKING:
@@ -275,21 +271,6 @@ def weak_scaling(rows: Sequence[Row], num_layers: int) -> list[Row]:
     return pairs
 
 
-def bytes_per_layer(config: RunConfig, context: int, tokens: int) -> dict[str, int]:
-    """Bytes that an inner context rank hands out in the forward of one layer, by window (tests/attention holds messages to these)."""
-    if context == 1:
-        return {}
-    options: dict[str, int] = {"tensor": config.parallel.tensor, "element_bytes": 2 if config.training.precision == "bf16" else 4}
-    shard, exchange = tokens // context, config.full_layer_exchange
-    sent = {}
-    for window in dict.fromkeys(config.model.windows):
-        if window is not None:
-            sent[str(window)] = context_parallel_bytes(config.model, window, shard, context, **options)
-        elif exchange is not None:
-            sent["full"] = exchange_bytes(config.model, exchange[0], shard, context, **options)
-    return sent
-
-
 def recompute_choices(base: RunConfig, asked: str, world_size: int, device: torch.device) -> Callable[[int, int], Sequence[str]]:
     def choices(context: int, tokens: int) -> Sequence[str]:
         if asked != "auto":
@@ -301,29 +282,6 @@ def recompute_choices(base: RunConfig, asked: str, world_size: int, device: torc
         return RECOMPUTE if estimate_memory(config, world_size).total < memory else RECOMPUTE[1:]
 
     return choices
-
-
-def environment(device: torch.device, command: Sequence[str], commit: str | None) -> dict[str, Any]:
-    cuda = device.type == "cuda"
-    return {
-        "device": torch.cuda.get_device_name(device) if cuda else "cpu",
-        "device_bytes": torch.cuda.get_device_properties(device).total_memory if cuda else None,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "cuda": torch.version.cuda,
-        "nccl": ".".join(map(str, torch.cuda.nccl.version())) if cuda else None,
-        "megatron_core": metadata.version("megatron-core"),
-        "triton": _version("triton"),
-        "commit": commit or revision(ROOT),
-        "command": shlex.join(command),
-    }
-
-
-def _version(package: str) -> str | None:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
 
 
 def _largest(value: float, device: torch.device) -> float:
@@ -400,7 +358,7 @@ def benchmark(arguments: argparse.Namespace, base: RunConfig, command: Sequence[
         return row
 
     result: dict[str, Any] = {
-        "environment": environment(device, command, arguments.commit) | {"ranks": world_size},
+        "environment": measurement_facts(device, command, arguments.commit) | {"ranks": world_size},
         "model": base.model.model_dump(mode="json") | {"parameters": base.model.num_parameters()},
         "precision": base.training.precision,
         "document_tokens": arguments.document_tokens,
@@ -410,7 +368,7 @@ def benchmark(arguments: argparse.Namespace, base: RunConfig, command: Sequence[
     for row in (row for c in reversed(contexts) for row in series(c, lengths[c], choose, measure, bench.recover)):
         config = Setting(row["context"], row["tokens"], "none").configure(base, world_size)
         row["data"] = config.training.global_batch_size
-        row["bytes_sent_per_layer"] = bytes_per_layer(config, row["context"], row["tokens"])
+        row["bytes_sent_per_layer"] = bytes_sent_per_layer(config)
         result["rows"].append(row)
         result["weak_scaling"] = weak_scaling(result["rows"], base.model.num_layers)
         stuck = "out_of_memory_on" in row

@@ -2,13 +2,12 @@
 
 import math
 
-from . import arithmetic
-from .full_layers import exchange_bytes
 from .gradient_fusion import expectation
 from .inputs import missing_inputs
 from .load import dump_config
 from .memory import RankMemory, estimate_memory
 from .run import RunConfig
+from .sent_bytes import bytes_sent_per_layer
 from .stage_plan import Stage, plan_phases, plan_stages
 from .windows import describe_windows
 
@@ -72,22 +71,15 @@ def _stage_lines(stage: Stage, world: int) -> list[str]:
         f"tokens: {stage.tokens_per_step:,} a step, {stage.tokens_after - stage.tokens_before:,} in {stage.steps:,} steps",
         _schedule_line(stage),
     ]
-    if parallel.context > 1:
-        sizes: dict[str, int] = {
-            "tensor": parallel.tensor,
-            "micro_batch_size": training.micro_batch_size,
-            "element_bytes": 2 if training.precision == "bf16" else 4,
-        }
-        shard, ranks = length // parallel.context, parallel.context
-        sent = [arithmetic.context_parallel_bytes(config.model, w, shard, ranks, **sizes) for w in config.model.windows if w is not None]
-        if sent:
-            lines.append(f"context parallelism: a rank sends {_size(sum(sent) // len(sent))} a layer and micro batch, at any length")
-        if config.full_layer_exchange is not None:
-            exchange, reason = config.full_layer_exchange
-            amount = _size(exchange_bytes(config.model, exchange, shard, ranks, **sizes))
-            lines.append(
-                f"context parallelism of `full` layers: {exchange}, because {reason}; a rank sends {amount} a layer and micro batch"
-            )
+    sent = bytes_sent_per_layer(config)
+    announced = [sent[str(window)] for window in config.model.windows if window is not None and sent]
+    if announced:
+        mean = _size(sum(announced) // len(announced))
+        lines.append(f"context parallelism: a rank sends {mean} a layer and micro batch, at any length")
+    if config.full_layer_exchange is not None:
+        exchange, reason = config.full_layer_exchange
+        amount = f"a rank sends {_size(sent['full'])} a layer and micro batch"
+        lines.append(f"context parallelism of `full` layers: {exchange}, because {reason}; {amount}")
     return lines
 
 

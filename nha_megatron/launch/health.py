@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import platform
 import socket
 import sys
 import time
@@ -17,7 +16,6 @@ from collections.abc import Callable
 from dataclasses import asdict, replace
 from datetime import timedelta
 from functools import partial
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
@@ -26,6 +24,7 @@ import torch.distributed as dist
 from nha_megatron.config import ConfigError, RunConfig
 from nha_megatron.engine.device import backend_for, choose_device
 from nha_megatron.launch.health_report import Finding, RankReport, judge, table
+from nha_megatron.launch.versions import installed_versions
 
 PATIENCE_S = 120.0
 DISK_BYTES = 16 * 2**20
@@ -68,7 +67,7 @@ def _check(config: RunConfig, store: dist.Store, rank: int, world: int, say: Cal
 
 def measure_alone(config: RunConfig, rank: int) -> RankReport:
     """What can be tested without the other ranks."""
-    report = RankReport(rank, socket.gethostname(), versions=_versions())
+    report = RankReport(rank, socket.gethostname(), versions=installed_versions())
     try:
         device = choose_device(config.training.device)
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
@@ -131,20 +130,6 @@ def _conclude(reports: list[RankReport], findings: list[Finding], bus: float | N
     for finding in findings:
         say(str(finding))
     sys.stdout.flush()
-
-
-def _versions() -> dict[str, str]:
-    found = {"python": platform.python_version(), "torch": str(torch.__version__)}
-    for package in ("megatron-core", "triton", "nha-megatron"):
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            found[package] = "absent"
-    if torch.cuda.is_available():
-        found["CUDA"] = str(torch.version.cuda)
-        found["NCCL"] = ".".join(map(str, torch.cuda.nccl.version()))
-        found["device"] = torch.cuda.get_device_name()
-    return found
 
 
 def _matmul_rate(device: torch.device) -> float:

@@ -36,6 +36,7 @@ def test_a_row_for_every_length(tmp_path: Path, arguments: list[str], bytes_sent
     assert done.returncode == 0, done.stderr
     result = json.loads((tmp_path / "result.json").read_text())
     assert result["ranks"] == 2 and result["difference_from_one_rank"] < 5e-6
+    assert result["environment"]["device"] == "cpu" and "--window" in result["environment"]["command"]
     (row,) = result["rows"]
     assert row["tokens_per_rank"] == 32 and row["bytes_sent"] == bytes_sent
     assert row["one_rank_ms"] > 0 and row["all_ranks_ms"] > 0

@@ -78,6 +78,33 @@ def test_nothing_is_timed_when_layouts_disagree(ranks: RankPool, tmp_path: Path)
     assert not output.exists()
 
 
+def ended_in_the_second_row(argv: list[str]) -> int:
+    from tools import benchmark_training
+
+    measure, calls = benchmark_training.Bench.measure, []
+
+    def ending(self: Any, setting: Setting, steps: int) -> dict[str, Any]:
+        calls.append(setting)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return measure(self, setting, steps)
+
+    benchmark_training.Bench.measure = ending  # type: ignore[method-assign]
+    try:
+        return benchmark_training.main(argv)
+    except KeyboardInterrupt:
+        return 130
+    finally:
+        benchmark_training.Bench.measure = measure  # type: ignore[method-assign]
+
+
+def test_rows_are_kept_when_the_program_is_ended(ranks: RankPool, tmp_path: Path) -> None:
+    output = tmp_path / "result.json"
+    assert ranks.run(2, ended_in_the_second_row, argv=["--tokens", "64", "--output", str(output), *TINY]) == [130, 130]
+    (row,) = json.loads(output.read_text())["rows"]
+    assert (row["context"], row["tokens"]) == (2, 64) and row["step_ms"] > 0
+
+
 def test_memory_that_runs_out_is_reported_and_recomputation_tried() -> None:
     recovered: list[None] = []
 
