@@ -7,6 +7,7 @@ By default a 1.2B model with grouped query heads of 128 channels (the shape of c
 chunked loss, backward, gradient reduction and the distributed optimizer's update of one sequence a model replica, by the Megatron engine.
 Context sizes are by default 1 (what is left of the ranks is data parallel) and all ranks. Every length of context size c is timed at
 context size 1 with a c-th of the tokens too: as many tokens a rank, so the difference is what context parallelism adds (weak scaling).
+Tokens of `full` layers cost more in longer documents: such models are compared like this only with `--document-tokens`.
 
 Nothing is timed before all context sizes have given the same loss and gradient norm for the same sequences. Tokens are random: timing
 needs no corpus. Recomputation is the least that the memory estimate allows, or the next when memory runs out; what never fits is reported.
@@ -364,13 +365,15 @@ def benchmark(arguments: argparse.Namespace, base: RunConfig, command: Sequence[
         "document_tokens": arguments.document_tokens,
         "first_step": {str(context): {"loss": loss, "grad_norm": norm} for context, (loss, norm) in first.items()},
         "rows": [],
+        "weak_scaling": [],
     }
     for row in (row for c in reversed(contexts) for row in series(c, lengths[c], choose, measure, bench.recover)):
         config = Setting(row["context"], row["tokens"], "none").configure(base, world_size)
         row["data"] = config.training.global_batch_size
         row["bytes_sent_per_layer"] = bytes_sent_per_layer(config)
         result["rows"].append(row)
-        result["weak_scaling"] = weak_scaling(result["rows"], base.model.num_layers)
+        if None not in base.model.windows or arguments.document_tokens is not None:
+            result["weak_scaling"] = weak_scaling(result["rows"], base.model.num_layers)
         stuck = "out_of_memory_on" in row
         # All ranks have the same numbers, so any that is not stuck can write them.
         if arguments.output is not None and (stuck or os.environ["RANK"] == "0"):
