@@ -1,4 +1,4 @@
-"""Training whose attention the fused kernels compute, two GPUs against one. The PyTorch form is switched off: nothing falls back to it."""
+"""Training whose attention the fused kernels compute, several GPUs against one. Nothing falls back to the PyTorch form: it is switched off."""
 
 from __future__ import annotations
 
@@ -13,10 +13,11 @@ from nha_kernels import register_backend
 from nha_kernels.chunked import chunked_attention
 from tests.distributed import RankPool
 from tests.engine.programs import tiny_config, train
-from tests.engine.test_parallel_parity import CP, INTERLEAVED, PP, SP, TP, assert_same_training, join_stages
+from tests.engine.test_parallel_parity import CP, CP4, INTERLEAVED, PP, SP, TP, assert_same_training, join_stages
 
 pytestmark = pytest.mark.gpu
 two_gpus = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+four_gpus = pytest.mark.skipif(torch.cuda.device_count() < 4, reason="needs four CUDA devices")
 
 SEQUENCE = 512
 # Heads of 64 and of 128 channels. In float32 with windows that are fused; in bfloat16 also `full` layers, which a library attends.
@@ -46,7 +47,7 @@ def config_of(model: dict[str, Any], parallel: dict[str, Any] | None = None, **t
 
 @pytest.fixture(scope="module")
 def run(ranks: RankPool) -> Callable[..., dict[str, Any]]:
-    """run(parallel, model, documents, ((field, value of section training), ...)) -> `train`, over two GPUs or, without layout, on one."""
+    """run(parallel, model, documents, gpus, **section training) -> `train`, over two GPUs unless told or, without layout, on one."""
 
     @cache
     def results(world_size: int, parallel: Any, model: str, documents: Any, training: Any) -> dict[str, Any]:
@@ -55,9 +56,11 @@ def run(ranks: RankPool) -> Callable[..., dict[str, Any]]:
         options = {"documents": documents, "timeout": 120.0, "backend": "nccl"}
         return join_stages(ranks.run(world_size, train_by_kernels, config=config, **options))
 
-    def run(parallel: dict[str, Any] | None, model: str = "exact", documents: Any = False, **training: Any) -> dict[str, Any]:
+    def run(
+        parallel: dict[str, Any] | None, model: str = "exact", documents: Any = False, gpus: int = 2, **training: Any
+    ) -> dict[str, Any]:
         layout = None if parallel is None else tuple(parallel.items())
-        return results(1 if parallel is None else 2, layout, model, documents, tuple(training.items()))
+        return results(1 if parallel is None else gpus, layout, model, documents, tuple(training.items()))
 
     return run
 
@@ -70,6 +73,23 @@ KERNELS_FP32 = 2e-5
 @pytest.mark.parametrize("parallel", [CP, TP, SP, PP, INTERLEAVED, {}], ids=str)
 def test_two_gpus_equal_one(run: Callable[..., dict[str, Any]], parallel: dict[str, Any]) -> None:
     assert_same_training(run(parallel), run(None), gradients=KERNELS_FP32)
+
+
+# All pairs with context parallelism, and what the two context ranks leave of four GPUs as data parallel.
+FOUR = [CP4, TP | CP, SP | CP, PP | CP, INTERLEAVED | CP, CP]
+
+
+@four_gpus
+@pytest.mark.parametrize("parallel", FOUR, ids=str)
+def test_four_gpus_equal_one(run: Callable[..., dict[str, Any]], parallel: dict[str, Any]) -> None:
+    assert_same_training(run(parallel, gpus=4), run(None), gradients=KERNELS_FP32)
+
+
+@four_gpus
+@pytest.mark.parametrize("parallel", [CP4, SP | CP, PP | CP], ids=str)
+def test_packed_documents_over_four_gpus(run: Callable[..., dict[str, Any]], parallel: dict[str, Any]) -> None:
+    packed = {"documents": DOCUMENTS, "micro_batch_size": 2}
+    assert_same_training(run(parallel, gpus=4, **packed), run(None, **packed), gradients=KERNELS_FP32)
 
 
 @two_gpus
@@ -107,6 +127,15 @@ def test_hybrid_stack_over_context_ranks(run: Callable[..., dict[str, Any]], exc
     one = run(None, "hybrid", precision="bf16", **packed)
     two = run(CP | {"cp_comm_type": exchange}, "hybrid", precision="bf16", **packed)
     assert_same_in_bfloat16(two, one)
+
+
+@four_gpus
+@pytest.mark.parametrize("exchange", ["a2a", "all_gather"])
+@pytest.mark.parametrize("parallel", [CP4, SP | CP, PP | CP], ids=str)
+def test_hybrid_stack_over_four_gpus(run: Callable[..., dict[str, Any]], parallel: dict[str, Any], exchange: str) -> None:
+    packed: dict[str, Any] = {"documents": DOCUMENTS, "micro_batch_size": 2, "precision": "bf16"}
+    four = run(parallel | {"cp_comm_type": exchange}, "hybrid", gpus=4, **packed)
+    assert_same_in_bfloat16(four, run(None, "hybrid", **packed))
 
 
 @two_gpus
