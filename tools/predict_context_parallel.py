@@ -3,8 +3,9 @@
 
     python tools/predict_context_parallel.py [--adapter-gb-per-s 45] [--rails 8] [--gather ring] [--output docs/context_parallel_cost.png]
 
-First the model (`nha_megatron/config/context_parallel_cost.py`) predicts the times measured on two GPUs. Only if it is within 15 % of
-each does it go on to more ranks. Tables go to stdout, the figure to --output.
+First the model (`nha_megatron/config/context_parallel_cost.py`) predicts the times measured on two GPUs, and those of each run named by
+--more-gpus, from the operator and the summary on two. Only if it is within 15 % of each does it go on to more ranks. Tables go to stdout,
+the figure to --output.
 """
 
 from __future__ import annotations
@@ -62,25 +63,26 @@ class Measurements:
 
     model: ModelConfig
     window: int
-    two_ranks: dict[int, float]  # tokens a rank -> the layer over two ranks
+    ranks: int
+    over_ranks: dict[int, float]  # tokens a rank -> the layer over the ranks
     one_rank: MeasuredTimes  # the operator in the same run
     summary: MeasuredTimes  # in the same run at the first length; longer ones by what each kernel goes over
     copy_tb_per_s: float  # another GPU, which is slower
     full_attention: MeasuredTimes  # that GPU
 
 
-def read_measurements(two_gpus: Path, operator: Path) -> Measurements:
+def read_measurements(several_gpus: Path, operator: Path) -> Measurements:
     """Raises `ConfigError` when a file is missing or is not what the benchmark of that name writes."""
-    pair, benchmark = _read_json(two_gpus), _read_json(operator)
+    run, benchmark = _read_json(several_gpus), _read_json(operator)
     try:
-        layer, rows = pair["layer"], pair["rows"]
-        if pair["ranks"] != 2 or layer["dtype"] != "torch.bfloat16" or layer["window"] is None:
-            raise ConfigError(f"{two_gpus} is not of a windowed layer in bf16 on two ranks")
+        layer, rows = run["layer"], run["rows"]
+        if run["ranks"] < 2 or layer["dtype"] != "torch.bfloat16" or layer["window"] is None:
+            raise ConfigError(f"{several_gpus} is not of a windowed layer in bf16 over several ranks")
         lengths = tuple(row["tokens_per_rank"] for row in rows)
         heads = f"{layer['heads']}/{layer['kv_heads']}"
         shape = benchmark["shape"]
         if (shape["slots"], shape["window"], shape["key_dim"]) != (layer["slots"], layer["window"], layer["head_dim"]):
-            raise ConfigError(f"{operator} is of another layer than {two_gpus}: {shape}, not {layer}")
+            raise ConfigError(f"{operator} is of another layer than {several_gpus}: {shape}, not {layer}")
         return Measurements(
             model=ModelConfig(
                 num_layers=1,
@@ -93,14 +95,15 @@ def read_measurements(two_gpus: Path, operator: Path) -> Measurements:
                 vocab_size=1,
             ),
             window=layer["window"],
-            two_ranks={row["tokens_per_rank"]: row["all_ranks_ms"] for row in rows},
+            ranks=run["ranks"],
+            over_ranks={row["tokens_per_rank"]: row["all_ranks_ms"] for row in rows},
             one_rank=MeasuredTimes(lengths, tuple(row["one_rank_ms"] for row in rows)),
-            summary=_summary_times(pair["kernels"], lengths[0], OVER_ALL_TOKENS[layer["gates"]]),
+            summary=_summary_times(run["kernels"], lengths[0], OVER_ALL_TOKENS[layer["gates"]]),
             copy_tb_per_s=benchmark["copy_tb_per_s"],
             full_attention=_full_attention_times(benchmark["rows"], heads),
         )
     except (KeyError, TypeError) as error:
-        raise ConfigError(f"{two_gpus} or {operator} lacks {error}: give the files that the benchmarks write") from None
+        raise ConfigError(f"{several_gpus} or {operator} lacks {error}: give the files that the benchmarks write") from None
 
 
 def _full_attention_times(rows: list[dict[str, Any]], heads: str) -> MeasuredTimes:
@@ -134,10 +137,11 @@ def _read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def predict_two_ranks(measured: Measurements, network: Network, small_kernels_ms: float) -> dict[int, LayerCost]:
-    """What the model says of the run on two ranks: tokens a rank -> cost."""
-    rates = LayerRates(measured.one_rank, measured.summary, measured.copy_tb_per_s, small_kernels_ms)
-    return {tokens: nha_layer_cost(measured.model, measured.window, tokens, 2, rates, network) for tokens in measured.two_ranks}
+def predict_run(measured: Measurements, rates: LayerRates, network: Network) -> dict[int, LayerCost]:
+    """What the model says of a run: tokens a rank -> cost."""
+    return {
+        tokens: nha_layer_cost(measured.model, measured.window, tokens, measured.ranks, rates, network) for tokens in measured.over_ranks
+    }
 
 
 class Extrapolation:
@@ -156,11 +160,13 @@ class Extrapolation:
         return full_layer_ms(self.measured.model, tokens, ranks, self.measured.full_attention, self.network)
 
 
-def validation_table(measured: Measurements, predicted: dict[int, LayerCost]) -> str:
-    lines = ["| tokens a rank | measured, ms | predicted, ms | error | of it network |", "|---|---|---|---|---|"]
-    for tokens, cost in predicted.items():
-        time = measured.two_ranks[tokens]
-        lines.append(f"| {tokens:,} | {time:.2f} | {cost.total:.2f} | {cost.total / time - 1:+.1%} | {cost.network / cost.total:.1%} |")
+def validation_table(runs: Sequence[tuple[Measurements, dict[int, LayerCost]]]) -> str:
+    lines = ["| tokens a rank | ranks | measured, ms | predicted, ms | error | of it network |", "|---|---|---|---|---|---|"]
+    for measured, predicted in runs:
+        for tokens, cost in predicted.items():
+            time = measured.over_ranks[tokens]
+            share = f"{cost.total / time - 1:+.1%} | {cost.network / cost.total:.1%}"
+            lines.append(f"| {tokens:,} | {measured.ranks} | {time:.2f} | {cost.total:.2f} | {share} |")
     return "\n".join(lines)
 
 
@@ -193,7 +199,7 @@ def _short(tokens: int) -> str:
 def draw(measured: Measurements, predicted: dict[int, LayerCost], model: Extrapolation, output: Path) -> None:
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained", width_ratios=(2, 3))
     for offset, colour, name, times in (
-        (-0.2, "#999999", "measured", list(measured.two_ranks.values())),
+        (-0.2, "#999999", "measured", list(measured.over_ranks.values())),
         (0.2, "#56B4E9", "model", [cost.total for cost in predicted.values()]),
     ):
         bars = left.bar([index + offset for index in range(len(times))], times, width=0.38, color=colour, label=name)
@@ -229,6 +235,7 @@ def draw(measured: Measurements, predicted: dict[int, LayerCost], model: Extrapo
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Predict the time of one layer over context ranks.")
     parser.add_argument("--two-gpus", type=Path, default=REPOSITORY / "docs" / "context_parallel_two_nvidia_h200.json", metavar="JSON")
+    parser.add_argument("--more-gpus", type=Path, nargs="+", default=[], metavar="JSON", help="of the same benchmark over more ranks")
     parser.add_argument("--operator", type=Path, default=RESULTS / "nvidia_h100_80gb_hbm3.json", metavar="JSON")
     parser.add_argument("--small-kernels-us", type=float, default=40.0, help="some 20 of 2 us each (default: %(default)s)")
     parser.add_argument("--nvlink-gb-per-s", type=float, default=300.0, help="each way, two thirds of 450 (default: %(default)s)")
@@ -249,24 +256,29 @@ def main(argv: Sequence[str] | None = None) -> int:
             rails=arguments.rails,
             start_us=arguments.start_us,
         )
-        measured = read_measurements(arguments.two_gpus, arguments.operator)
-        predicted = predict_two_ranks(measured, network, arguments.small_kernels_us * 1e-3)
+        runs = [read_measurements(path, arguments.operator) for path in (arguments.two_gpus, *arguments.more_gpus)]
+        measured = runs[0]
+        if measured.ranks != 2 or any((run.model, run.window) != (measured.model, measured.window) for run in runs):
+            raise ConfigError(f"{arguments.two_gpus} must be of two ranks, and the runs of --more-gpus of the same layer")
         model = Extrapolation(measured, network, arguments.gather, arguments.small_kernels_us * 1e-3)
+        predictions = [(run, predict_run(run, model.rates, network)) for run in runs]
         table = extrapolation_table(model)
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    print(f"Validated: two ranks over NVLink\n\n{validation_table(measured, predicted)}\n")
-    errors = {tokens: cost.total / measured.two_ranks[tokens] - 1 for tokens, cost in predicted.items()}
-    worst = max(errors, key=lambda tokens: abs(errors[tokens]))
-    if abs(errors[worst]) > ALLOWED_ERROR:
-        print(
-            f"error: {errors[worst]:+.1%} at {worst} tokens a rank, allowed {ALLOWED_ERROR:.0%}: nothing is extrapolated", file=sys.stderr
-        )
+    print(f"Validated: ranks over NVLink\n\n{validation_table(predictions)}\n")
+    errors = [
+        (cost.total / run.over_ranks[tokens] - 1, f"at {tokens} tokens a rank over {run.ranks}")
+        for run, predicted in predictions
+        for tokens, cost in predicted.items()
+    ]
+    worst, where = max(errors, key=lambda error: abs(error[0]))
+    if abs(worst) > ALLOWED_ERROR:
+        print(f"error: {worst:+.1%} {where}, allowed {ALLOWED_ERROR:.0%}: nothing is extrapolated", file=sys.stderr)
         return 1
     print(f"Not measured: more ranks (all-gather by {arguments.gather}); milliseconds\n\n{table}\n")
     print(f"{gather_or_scan(model, FIGURE_RANKS[-1])}\n")
-    draw(measured, predicted, model, arguments.output)
+    draw(measured, predictions[0][1], model, arguments.output)
     print(arguments.output)
     return 0
 

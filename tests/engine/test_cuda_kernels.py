@@ -1,4 +1,4 @@
-"""Training whose attention the fused kernels compute, several GPUs against one. Nothing falls back to the PyTorch form: it is switched off."""
+"""Training whose attention the fused kernels compute, several GPUs against one. The PyTorch form is switched off: no call may use it."""
 
 from __future__ import annotations
 

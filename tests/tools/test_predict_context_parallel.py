@@ -25,7 +25,8 @@ def test_the_measured_times_are_predicted_within_15_percent(tmp_path: Path, caps
     measured = {row["tokens_per_rank"]: row["all_ranks_ms"] for row in json.loads(TWO_GPUS.read_text())["rows"]}
     printed = {int(row[0].replace(",", "")): row for row in rows(validated)}
     assert printed.keys() == measured.keys() == {16384, 65536}
-    for tokens, (_, shown, predicted, error, _) in printed.items():
+    for tokens, (_, ranks, shown, predicted, error, _) in printed.items():
+        assert ranks == "2"
         assert float(shown) == pytest.approx(measured[tokens], abs=0.005)  # two decimals are printed
         assert abs(float(predicted) / measured[tokens] - 1) < 0.15
         assert float(error.rstrip("%")) == pytest.approx(100 * (float(predicted) / measured[tokens] - 1), abs=0.5)
@@ -43,14 +44,38 @@ def test_a_model_that_is_further_off_extrapolates_nothing(tmp_path: Path, capsys
     (tmp_path / "slower.json").write_text(json.dumps(content))
     assert main(["--two-gpus", str(tmp_path / "slower.json"), "--output", str(tmp_path / "cost.png")]) == 1
     printed = capsys.readouterr()
-    assert "at 65536 tokens a rank, allowed 15%: nothing is extrapolated" in printed.err
+    assert "at 65536 tokens a rank over 2, allowed 15%: nothing is extrapolated" in printed.err
     assert "Not measured" not in printed.out and not (tmp_path / "cost.png").exists()
 
 
 def test_the_worst_case_is_predicted_as_well(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     slow_gates = TWO_GPUS.with_name("context_parallel_two_nvidia_h200_slow_gates.json")
     assert main(["--two-gpus", str(slow_gates), "--output", str(tmp_path / "cost.png")]) == 0
-    assert all(abs(float(row[3].rstrip("%"))) < 15 for row in rows(capsys.readouterr().out.split("Not measured")[0]))
+    assert all(abs(float(row[4].rstrip("%"))) < 15 for row in rows(capsys.readouterr().out.split("Not measured")[0]))
+
+
+def over_four_ranks(folder: Path, **changes: object) -> Path:
+    """A run over four ranks, made up: with the times of two."""
+    content = json.loads(TWO_GPUS.read_text())
+    content["ranks"] = 4
+    content["layer"] |= changes
+    (folder / "four.json").write_text(json.dumps(content))
+    return folder / "four.json"
+
+
+def test_runs_over_more_ranks_are_predicted_from_the_operator_on_two(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    four = over_four_ranks(tmp_path)
+    assert main(["--more-gpus", str(four), "--output", str(tmp_path / "cost.png")]) == 0
+    printed = rows(capsys.readouterr().out.split("Not measured")[0])
+    assert [(row[0], row[1]) for row in printed] == [("16,384", "2"), ("65,536", "2"), ("16,384", "4"), ("65,536", "4")]
+    assert all(float(more[3]) > float(two[3]) for two, more in zip(printed[:2], printed[2:], strict=True))
+    assert all(abs(float(row[4].rstrip("%"))) < 15 for row in printed)
+
+
+def test_runs_of_another_layer_are_not_compared(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--more-gpus", str(over_four_ranks(tmp_path, kv_heads=4, heads=16)), "--output", str(tmp_path / "cost.png")]) == 2
+    assert main(["--two-gpus", str(over_four_ranks(tmp_path)), "--output", str(tmp_path / "cost.png")]) == 2
+    assert "must be of two ranks" in capsys.readouterr().err
 
 
 def test_a_run_whose_kernels_are_not_listed_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
