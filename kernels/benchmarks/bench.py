@@ -262,11 +262,11 @@ def main() -> None:
     result = measure(names, layouts, [int(length) for length in lengths.split(",")])
     arguments.output.mkdir(parents=True, exist_ok=True)
     path = arguments.output / f"{result['device'].lower().replace(' ', '_')}.json"
+    before = json.loads(path.read_text()) if path.exists() else {}
     if arguments.published_only:  # beside what another run left: its rows stay that run's
-        summary = json.loads(path.read_text()) if path.exists() else {}
-        summary["published"] = result
+        summary = before | {"published": result}
     else:
-        summary = result
+        summary = result | {name: before[name] for name in ("published",) if name in before and not with_published}
     path.write_text(json.dumps(summary, indent=1) + "\n")
     plot(summary, path.with_suffix(".png"))
 

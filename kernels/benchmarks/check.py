@@ -1,7 +1,6 @@
 """Compares the triton backend on this GPU with the torch backend in float64, forward and every gradient.
 
     PYTHONPATH=kernels python kernels/benchmarks/check.py [--only PATTERN] [--skip PATTERN] [--jobs 16] [--output results.json]
-    PYTHONPATH=kernels python kernels/benchmarks/check.py --unchecked             # also sizes that dispatch refuses as not checked
     PYTHONPATH=kernels python kernels/benchmarks/check.py --library flash-attn-4  # wide and full windows by this library
 
 Cases cover every choice of tiles (check_cases.py); what dispatch refuses is listed with the reason and not run. Outputs start as NaN, and
@@ -10,7 +9,6 @@ a case is outside of its tolerance. Compiling dominates the time, so cases are s
 """
 
 import argparse
-import contextlib
 import dataclasses
 import functools
 import json
@@ -33,7 +31,6 @@ from compare import TOLERANCES, make_gates, relative_error
 from torch import Tensor
 
 from nha_kernels import Memory, explain_dispatch, nha_attention
-from nha_kernels.triton.dispatch import run_unchecked_sizes
 from nha_kernels.triton.libraries import prefer_library
 
 
@@ -111,11 +108,8 @@ def run(inputs: dict[str, Tensor], memory: Memory | None, options: dict[str, Any
     return {name: x.detach() for name, x in outputs.items()}
 
 
-def check(case: Case | DecodeCase | SummaryCase, unchecked: bool = False, library: str | None = None) -> dict[str, Any]:
-    """Runs in a process of its own. `passed`, and `errors`, `refused` or `exception`.
-
-    `unchecked`: also sizes that dispatch refuses because they were not checked. `library`: who attends to wide and full windows.
-    """
+def check(case: Case | DecodeCase | SummaryCase, library: str | None = None) -> dict[str, Any]:
+    """Runs in a process of its own. `passed`, and `errors`, `refused` or `exception`. `library`: who attends to wide and full windows."""
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = True
     result: dict[str, Any] = {"case": case.name}
@@ -127,7 +121,7 @@ def check(case: Case | DecodeCase | SummaryCase, unchecked: bool = False, librar
         elif isinstance(case, SummaryCase):
             result |= check_summary(case, seed)
         else:
-            with run_unchecked_sizes() if unchecked else contextlib.nullcontext(), prefer_library(library if case.by_library else None):
+            with prefer_library(library if case.by_library else None):
                 result |= _check_operator(case, seed)
     except Exception as error:  # the other cases still run; the exit status says that this one failed
         result.update(passed=False, exception="".join(traceback.format_exception_only(error))[-600:])
@@ -163,7 +157,6 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=min(16, os.cpu_count() or 1), help="processes; compiling dominates the time")
     parser.add_argument("--only", default="", metavar="PATTERN", help="regular expression that a case's name must match somewhere")
     parser.add_argument("--skip", default="", metavar="PATTERN", help="the same, for cases to leave out")
-    parser.add_argument("--unchecked", action="store_true", help="run sizes that dispatch refuses because they were not checked")
     parser.add_argument(
         "--library",
         dest="attention_library",
@@ -183,7 +176,7 @@ def main() -> None:
     chosen.sort(key=lambda case: -case.cost if isinstance(case, Case) else -0.5)  # what takes longest begins first
     began = time.time()
     results = []
-    work = functools.partial(check, unchecked=arguments.unchecked, library=arguments.attention_library)
+    work = functools.partial(check, library=arguments.attention_library)
     with multiprocessing.get_context("spawn").Pool(min(arguments.jobs, len(chosen))) as pool:
         for result in pool.imap_unordered(work, chosen):
             results.append(result)

@@ -35,7 +35,6 @@ class Case:
     memory: tuple[int, ...] = ()  # tokens that each row has seen before
     gates: str = "usual"  # usual | slow | extreme | mixed
     deterministic: bool = True  # False: full attention may go through cuDNN, whose backward differs from run to run
-    unchecked: bool = False  # of a size that dispatch refuses until this case has passed: run with --unchecked
 
     @property
     def name(self) -> str:
@@ -126,12 +125,12 @@ def _listed() -> list[Case]:
         Case(tokens=517, window=None, deterministic=False, group=8, empty_slots="mask"),
         Case(tokens=300, window=None, deterministic=False, batch=2, group=1, key_dim=64, value_dim=64, dtype="float16"),
         Case(tokens=300, window=None, deterministic=False, documents=(0, 100, 300)),
-        *(Case(tokens=101, group=group, key_dim=256, value_dim=256, window=32, unchecked=True) for group in (1, 2)),
-        Case(tokens=60, group=1, key_dim=256, value_dim=256, window=32, documents=(0, 20, 60), memory=(40,), unchecked=True),
-        Case(tokens=60, group=2, key_dim=256, value_dim=128, slots=128, dtype="float16", unchecked=True),
-        *(Case(tokens=101, group=group, slots=32, window=32, unchecked=True) for group in (1, 2)),
-        Case(tokens=101, group=1, slots=32, empty_slots="weight", documents=(0, 20, 101), memory=(40,), unchecked=True),
-        Case(tokens=130, group=2, slots=32, gates="mixed", unchecked=True),
+        *(Case(tokens=101, group=group, key_dim=256, value_dim=256, window=32) for group in (1, 2)),
+        Case(tokens=60, group=1, key_dim=256, value_dim=256, window=32, documents=(0, 20, 60), memory=(40,)),
+        Case(tokens=60, group=2, key_dim=256, value_dim=128, slots=128, dtype="float16"),
+        *(Case(tokens=101, group=group, slots=32, window=32) for group in (1, 2)),
+        Case(tokens=101, group=1, slots=32, empty_slots="weight", documents=(0, 20, 101), memory=(40,)),
+        Case(tokens=130, group=2, slots=32, gates="mixed"),
     ]
 
 
@@ -182,11 +181,10 @@ def _drawn(sizes: list[Case]) -> Case:
         empty_slots=generator.choice(("attend", "mask", "weight")),
         gates=generator.choice(("usual", "usual", "slow", "extreme", "mixed")),
         rotary_dim=generator.choice((-1, -1, 0, case.key_dim // 2)),
-        unchecked=False,
     )
 
 
 def cases() -> list[Case]:
     listed = _listed()
-    covered = covered_tiles([case for case in listed if not case.unchecked])
+    covered = covered_tiles(listed)
     return listed + [_drawn(sizes) for tiles, sizes in choices_of_tiles().items() if tiles not in covered]

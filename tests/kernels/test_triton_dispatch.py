@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from nha_kernels import Memory, explain_dispatch, nha_attention
-from nha_kernels.triton.dispatch import choose_tiles, run_unchecked_sizes
+from nha_kernels.triton.dispatch import choose_tiles
 
 pytest.importorskip("triton", reason="triton is not installed: nothing is dispatched to it")
 
@@ -30,9 +30,6 @@ def test_cpu_tensors_go_to_torch() -> None:
         ({"dims": (96, 128)}, 64, "K and V must be 64, 128 or 256"),
         ({"slots": 24}, 64, "multiple of 16 from 16 to 256, given 24"),
         ({"slots": 272}, 64, "multiple of 16 from 16 to 256, given 272"),
-        ({"group": 2, "dims": (256, 256)}, 64, "have been checked with 3 and more query heads"),
-        ({"group": 5, "dims": (256, 256)}, 64, "at a time, given 5"),  # parts of 3 and 2
-        ({"group": 1, "slots": 32, "dims": (128, 128), "dtype": torch.bfloat16}, 64, "have been checked with 3 or more query heads"),
         ({"dims": (256, 64), "dtype": torch.float32}, 64, "at most 128"),
         ({"dtype": torch.float32}, None, "takes bfloat16 and float16, not torch.float32"),
         ({"dtype": torch.float32}, 513, "takes bfloat16 and float16, not torch.float32"),
@@ -96,11 +93,3 @@ def test_a_part_of_a_group_has_the_tiles_of_its_own_size(monkeypatch: pytest.Mon
     assert out.shape == q.shape
     assert taken == [(heads, choose_tiles(*call(group=heads), 64)) for heads in (5, 4)]
     assert [tiles.forward_warps for _, tiles in taken] == [8, 4]
-
-
-def test_sizes_that_were_not_checked_run_where_that_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("TRITON_INTERPRET", "1")
-    unchecked = call(group=2, dims=(256, 256))
-    with run_unchecked_sizes():
-        assert explain_dispatch(*unchecked, window=64).startswith("triton: fused")
-    assert explain_dispatch(*unchecked, window=64).startswith("torch: ")

@@ -253,9 +253,9 @@ def window_backward_keys(
 def backward_window(problem: Problem, lse: Tensor, d_out: Tensor, gradients: Gradients) -> None:
     """Adds the window's part to the gradients of queries, keys and values."""
     p, d = problem, gradients
-    constants = p.tile_constants("H R RP K V C HALF DOCS ROPE")
+    constants = p.tile_constants("H R RP K V HALF DOCS ROPE")
     heads = p.batch * p.kv_heads
-    window_backward_queries[(p.num_chunks * heads,)](
+    window_backward_queries[(triton.cdiv(p.num_tokens, p.tiles.query_chunk) * heads,)](
         p.q,
         p.k,
         p.v,
@@ -272,11 +272,12 @@ def backward_window(problem: Problem, lse: Tensor, d_out: Tensor, gradients: Gra
         p.window,
         p.scale,
         **constants,
+        C=p.tiles.query_chunk,
         BN=p.tiles.window,
         num_warps=p.tiles.query_warps,
         num_stages=p.tiles.query_stages,
     )
-    window_backward_keys[(triton.cdiv(p.num_rows, p.tiles.key_rows) * p.batch * p.kv_heads,)](
+    window_backward_keys[(triton.cdiv(p.num_rows, p.tiles.key_rows) * heads,)](
         p.q,
         p.k,
         p.v,
@@ -294,6 +295,7 @@ def backward_window(problem: Problem, lse: Tensor, d_out: Tensor, gradients: Gra
         p.window,
         p.scale,
         **constants,
+        C=p.tiles.key_chunk,
         BN=p.tiles.key_rows,
         num_warps=p.tiles.key_warps,
         num_stages=p.tiles.key_stages,

@@ -106,6 +106,7 @@ def decode_step(
     kv_heads, value_dim, num_slots, window = k.shape[2], v.shape[3], g.shape[3], ring[0].shape[1]
     group = query_heads // kv_heads
     exact, wide = q.dtype == torch.float32, max(key_dim, value_dim) > 128
+    rows = 16 if exact or wide else max(16, triton.next_power_of_2(num_tokens * group))
     window_rows = _LEAST_WINDOW_ROWS * max(1, triton.cdiv(window, _LEAST_WINDOW_ROWS * _MOST_WINDOW_PIECES))
     pieces = num_slots // _SLOTS + max(1, triton.cdiv(window, window_rows))
     part_max = torch.empty(batch * kv_heads, pieces, num_tokens * group, dtype=torch.float32, device=q.device)
@@ -134,7 +135,8 @@ def decode_step(
         rope_attention_factor,
         **sizes,
         BM=_SLOTS,
-        ROWS=16 if exact or wide else max(16, triton.next_power_of_2(num_tokens * group)),
+        ROWS=rows,
+        ROW_BLOCKS=triton.cdiv(num_tokens * group, rows),
         BN=16 if exact and wide else 32,
         HALF=pairs or key_dim // 2,
         PAIRS=pairs,

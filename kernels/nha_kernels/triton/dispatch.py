@@ -7,9 +7,6 @@ were not run there, are refused with the reason. Needs no triton to be imported.
 
 import importlib.util
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
-from contextvars import ContextVar
 
 import torch
 from torch import Tensor
@@ -21,7 +18,6 @@ from .problem import Tiles
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
 _CHECKED_CAPABILITIES = {(9, 0)}  # the kernels compile for 8.0 and 10.0 too, but have not run there
 WIDEST_FUSED_WINDOW = 512  # wider windows attend through a library's flash kernel (libraries.py, merged_attention.py)
-_run_unchecked: ContextVar[bool] = ContextVar("run sizes that were not checked", default=False)
 
 FORWARD_SLAB, BACKWARD_SLAB = 16384, 4096  # tokens whose slots are in device memory at the same time
 
@@ -32,12 +28,16 @@ def choose_tiles(q: Tensor, k: Tensor, v: Tensor, g: Tensor, window: int) -> Til
     wide = max(q.shape[3], v.shape[3]) > 128
     most = 16 if exact else 32 if wide else 64
     group = min(q.shape[2] // k.shape[2], largest_group(q, v))  # larger ones run in parts
-    rows = 16 * (1 << (group - 1).bit_length())
+    heads = 1 << (group - 1).bit_length()
+    rows = 16 * heads
     # 8 warps for no less than 128 rows: Triton 3.6 reads outside of shared memory for products [64, .] @ [., 16] by 8 warps.
     warps = 8 if rows > 64 else 4
     # The faster choice for the usual shape; the others were checked with the slower one only.
     usual = q.dtype == torch.bfloat16 and q.shape[3] == v.shape[3] == 128 and g.shape[3] in (32, 64)
-    chunk = 32 if usual and rows <= 32 else 16  # 32 tokens of one or two query heads are at most 64 rows
+    # 32 tokens of one or two query heads are at most 64 rows. Two heads with 32 slots: NaN under Triton 3.6 (check.py found it).
+    chunk = 32 if usual and rows <= 32 and (heads, g.shape[3]) != (2, 32) else 16
+    # The window's gradients have no state, so their tiles may hold other numbers of tokens: 64 rows of queries, 32 beside the keys.
+    free = usual and rows <= 64
     return Tiles(
         chunk=chunk,
         forward_slab=FORWARD_SLAB // chunk,
@@ -50,24 +50,17 @@ def choose_tiles(q: Tensor, k: Tensor, v: Tensor, g: Tensor, window: int) -> Til
         slots=min(most, 1 << (g.shape[3] - 1).bit_length()),
         window=min(32, most) if window > 16 else 16,
         key_rows=min(most, 64 if window > 32 else 32 if window > 16 else 16),
+        query_chunk=64 // heads if free else chunk,
+        key_chunk=32 // heads if free else chunk,
         forward_registers=168 if usual else None,
         write_registers=168 if usual else None,
         forward_warps=warps,
         read_warps=warps,
         query_warps=warps,
         forward_stages=1 if usual else 2,
-        query_stages=1 if usual else 2,
+        query_stages=1 if usual and heads > 1 else 2,
+        key_stages=3 if free else 2,
     )
-
-
-@contextmanager
-def run_unchecked_sizes() -> Iterator[None]:
-    """Inside, sizes that are refused only because they were not checked run: for the check itself (kernels/benchmarks/check.py)."""
-    token = _run_unchecked.set(True)
-    try:
-        yield
-    finally:
-        _run_unchecked.reset(token)
 
 
 def refusal_of_device(x: Tensor, *, any_capability: bool = False) -> str | None:
@@ -113,7 +106,7 @@ def refusal(q: Tensor, k: Tensor, v: Tensor, g: Tensor, window: int | None) -> s
 
 def refusal_of_slots(q: Tensor, k: Tensor, v: Tensor, g: Tensor) -> str | None:
     """Why our kernels do not read and write the slots of a call; None if they do."""
-    dims, slots, group = (q.shape[3], v.shape[3]), g.shape[3], q.shape[2] // k.shape[2]
+    dims, slots = (q.shape[3], v.shape[3]), g.shape[3]
     reason = refusal_of_device(q)
     if reason is not None:
         return reason
@@ -124,13 +117,6 @@ def refusal_of_slots(q: Tensor, k: Tensor, v: Tensor, g: Tensor) -> str | None:
         return reason
     if q.dtype == torch.float32 and max(dims) > 128:
         return f"in float32 K and V are at most 128, given {dims}: larger tiles exceed shared memory"
-    if _run_unchecked.get():
-        return None
-    fewest = group // -(-group // largest_group(q, v))  # query heads that run at a time, in the smallest part of a large group
-    if max(dims) > 128 and fewest < 3:
-        return f"K and V of 256 have been checked with 3 and more query heads to a KV head at a time, given {group}"
-    if q.dtype == torch.bfloat16 and dims == (128, 128) and slots == 32 and fewest < 3:
-        return f"32 slots have been checked with 3 or more query heads to a KV head, given {group}"
     return None
 
 

@@ -26,7 +26,9 @@ from torch import Tensor
 _Capability = tuple[int, int] | None
 
 # By compute capability: for full windows with one document in each row, and for everything else.
-_MEASURED: dict[_Capability, tuple[tuple[str, ...], tuple[str, ...]]] = {(9, 0): (("cudnn", "torch-flash"), ("torch-flash",))}
+_MEASURED: dict[_Capability, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    (9, 0): (("flash-attn-4", "cudnn", "torch-flash"), ("flash-attn-4", "torch-flash"))
+}
 _NEWEST_FIRST = ("flash-attn-4", "flash-attn", "torch-flash", "cudnn")
 _MODULES = {"cudnn": "cudnn", "torch-flash": "flash", "flash-attn": "flash_package", "flash-attn-4": "flash_cute"}
 _FLASH_ATTN_VERSIONS = ((2, 7, 0), (3, 0, 0))  # from, up to: the entry points of 2.6 and of 3 take other arguments

@@ -18,6 +18,8 @@ class Tiles:
     slots: int  # slots taken at a time
     window: int  # window rows that a program of queries takes at a time
     key_rows: int  # rows of a program of the window's keys
+    query_chunk: int  # tokens of a program of the window's gradient of the queries
+    key_chunk: int  # tokens of queries that a program of the window's keys takes at a time
     scan_slots: int = 16  # the scan is elementwise in the state: small pieces that one warp holds need no barrier
     scan_columns: int = 128
     scan_warps: int = 1
