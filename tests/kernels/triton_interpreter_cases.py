@@ -82,7 +82,11 @@ def run(case: Case, backend: str) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("name", CASES)
 def test_triton_equals_torch(name: str) -> None:
-    expected, actual = run(CASES[name], "torch"), run(CASES[name], "triton")
+    compare(CASES[name])
+
+
+def compare(case: Case) -> None:
+    expected, actual = run(case, "torch"), run(case, "triton")
     for part, exact in expected.items():
         error = (actual[part] - exact).norm() / exact.norm().clamp(min=1e-6)
         assert error <= TOLERANCE, (part, error.item())
@@ -97,8 +101,12 @@ def test_slabs_of_the_sequence_equal_one(monkeypatch: pytest.MonkeyPatch) -> Non
 
     monkeypatch.setattr(states, "_LEAST_CHUNKS", 1)
     monkeypatch.setattr(attention, "choose_tiles", narrow)
-    case = Case(window=3, tokens=34, empty_slots="weight", seen=(5, 9))
-    expected, actual = run(case, "torch"), run(case, "triton")
-    for part, exact in expected.items():
-        error = (actual[part] - exact).norm() / exact.norm().clamp(min=1e-6)
-        assert error <= TOLERANCE, (part, error.item())
+    compare(Case(window=3, tokens=34, empty_slots="weight", seen=(5, 9)))
+
+
+def test_the_windows_gradients_take_other_numbers_of_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    """More tokens a program of queries, fewer beside a block of keys, than a chunk holds."""
+    from nha_kernels.triton import attention
+
+    monkeypatch.setattr(attention, "choose_tiles", lambda *call: replace(choose_tiles(*call), query_chunk=32, key_chunk=8))
+    compare(Case(window=18, tokens=37, group=1, documents=(0, 7, 37), seen=(5,)))

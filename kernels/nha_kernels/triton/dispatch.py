@@ -36,8 +36,7 @@ def choose_tiles(q: Tensor, k: Tensor, v: Tensor, g: Tensor, window: int) -> Til
     usual = q.dtype == torch.bfloat16 and q.shape[3] == v.shape[3] == 128 and g.shape[3] in (32, 64)
     # 32 tokens of one or two query heads are at most 64 rows. Two heads with 32 slots: NaN under Triton 3.6 (check.py found it).
     chunk = 32 if usual and rows <= 32 and (heads, g.shape[3]) != (2, 32) else 16
-    # The window's gradients have no state, so their tiles may hold other numbers of tokens: 64 rows of queries, 32 beside the keys.
-    free = usual and rows <= 64
+    # The window's gradients have no state, so their tiles hold tokens as rows want it: at least 64 rows of queries, 32 beside the keys.
     return Tiles(
         chunk=chunk,
         forward_slab=FORWARD_SLAB // chunk,
@@ -50,8 +49,8 @@ def choose_tiles(q: Tensor, k: Tensor, v: Tensor, g: Tensor, window: int) -> Til
         slots=min(most, 1 << (g.shape[3] - 1).bit_length()),
         window=min(32, most) if window > 16 else 16,
         key_rows=min(most, 64 if window > 32 else 32 if window > 16 else 16),
-        query_chunk=64 // heads if free else chunk,
-        key_chunk=32 // heads if free else chunk,
+        query_chunk=max(64 // heads, 16) if usual else chunk,
+        key_chunk=32 // heads if usual else chunk,
         forward_registers=168 if usual else None,
         write_registers=168 if usual else None,
         forward_warps=warps,
@@ -59,7 +58,7 @@ def choose_tiles(q: Tensor, k: Tensor, v: Tensor, g: Tensor, window: int) -> Til
         query_warps=warps,
         forward_stages=1 if usual else 2,
         query_stages=1 if usual and heads > 1 else 2,
-        key_stages=3 if free else 2,
+        key_stages=3 if usual else 2,
     )
 
 
