@@ -3,7 +3,8 @@
 
     torchrun --nproc-per-node=2 tools/benchmark_context_parallel.py --tokens-per-rank 16384 65536 --window 64 [--output FILE.json]
 
-Every rank holds a shard of the given length. Times are forward and backward, medians of the slowest rank, the host ahead of the device:
+Every rank holds a shard of the given length. Times are forward and backward, medians of the slowest rank, the host ahead of the device.
+Those of a row are taken in turns, a few calls each: a GPU slows down as it grows warm, and what comes first would be the fastest.
 
     one_rank_ms           the operator on the shard alone
     all_ranks_ms          the layer over all ranks; what it takes more is not hidden by compute
@@ -24,7 +25,7 @@ import os
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,6 +46,7 @@ from nha_megatron.engine.device import backend_for, choose_device
 from nha_megatron.launch.versions import measurement_facts
 
 Tensors = tuple[Tensor, Tensor, Tensor, Tensor]
+CALLS_IN_TURN = 5  # the host queues them while the device sleeps
 
 
 @dataclass(frozen=True)
@@ -151,16 +153,21 @@ def measure(layer: Layer, tokens: int, repeats: int, device: torch.device, group
     def over_ranks() -> Any:
         return torch.autograd.grad(layer.over_ranks(shard, group), shard, d_shard)
 
+    def without_sending() -> Any:
+        with nothing_sent():
+            return over_ranks()
+
+    functions = {"one_rank": alone, "all_ranks": over_ranks}
+    if layer.window is not None:
+        functions["without_sending"] = without_sending
     row: dict[str, Any] = {"tokens_per_rank": tokens}
+    for name, (on_device, on_host) in zip(functions, _times(functions.values(), repeats, device, group), strict=True):
+        row |= {f"{name}_ms": _slowest(on_device, device), f"{name}_host_ms": _slowest(on_host, device)}
     for name, function in (("one_rank", alone), ("all_ranks", over_ranks)):
-        for part, value in zip(("ms", "host_ms"), _times(function, repeats, device, group), strict=True):
-            row[f"{name}_{part}"] = _slowest(value, device)
         row[f"{name}_peak_bytes"] = int(_slowest(_peak_bytes(function, device), device))
     if layer.window is None:
         row["one_rank_ms"] /= ranks
     else:
-        with nothing_sent():
-            row["without_sending_ms"] = _slowest(_times(over_ranks, repeats, device, group)[0], device)
         row["sending_ms"] = row["all_ranks_ms"] - row["without_sending_ms"]
     if layer.window is not None and layer.hidden_size:
         row |= _measure_projected(layer, tokens, repeats, device, group)
@@ -178,13 +185,11 @@ def _measure_projected(layer: Layer, tokens: int, repeats: int, device: torch.de
     hidden = torch.randn(1, tokens, layer.hidden_size, device=device).to(layer.dtype).requires_grad_()
     d_out = torch.randn_like(hidden)
 
-    def timed(attend: Callable[[Tensors], Tensor]) -> float:
-        def run() -> Any:
-            return torch.autograd.grad(layer.project(hidden, weights, attend), (hidden, *weights), d_out)
+    def project(attend: Callable[[Tensors], Tensor]) -> Any:
+        return torch.autograd.grad(layer.project(hidden, weights, attend), (hidden, *weights), d_out)
 
-        return _slowest(_times(run, repeats, device, group)[0], device)
-
-    one, all_ = timed(layer.on_one_rank), timed(lambda tensors: layer.over_ranks(tensors, group))
+    functions = (lambda: project(layer.on_one_rank), lambda: project(lambda tensors: layer.over_ranks(tensors, group)))
+    one, all_ = (_slowest(on_device, device) for on_device, _ in _times(functions, repeats, device, group))
     return {"projected_one_rank_ms": one, "projected_all_ranks_ms": all_, "projected_efficiency": one / all_}
 
 
@@ -240,30 +245,37 @@ def _difference(given: Tensor, wanted: Tensor) -> float:
     return float((difference / norm if norm > 0 else difference).detach())
 
 
-def _times(function: Callable[[], Any], repeats: int, device: torch.device, group: dist.ProcessGroup) -> tuple[float, float]:
-    """Milliseconds of a call on the device, median, and those that the host needs to start it."""
-    for _ in range(3):
+def _times(
+    functions: Collection[Callable[[], Any]], repeats: int, device: torch.device, group: dist.ProcessGroup
+) -> list[tuple[float, float]]:
+    """Milliseconds of a call of each function on the device, and those that the host needs to start it: medians, taken in turns."""
+    times: list[list[tuple[float, float]]] = [[] for _ in functions]
+    for function in (*functions,) * 3:
         function()
-    dist.barrier(group)
+    while len(times[-1]) < repeats:
+        calls = min(CALLS_IN_TURN, repeats - len(times[-1]))
+        for function, of_function in zip(functions, times, strict=True):
+            dist.barrier(group)
+            of_function += _turn(function, calls, device)
+    return [(statistics.median(on_device), statistics.median(on_host)) for on_device, on_host in (zip(*x, strict=True) for x in times)]
+
+
+def _turn(function: Callable[[], Any], calls: int, device: torch.device) -> list[tuple[float, float]]:
     _synchronize(device)
-    if device.type != "cuda":
-        times = []
-        for _ in range(repeats):
-            start = time.perf_counter()
+    cuda, host, events = device.type == "cuda", [], []
+    if cuda:
+        torch.cuda._sleep(100_000_000)  # some 50 ms, in which the host gets ahead
+    for call in range(calls + 1):
+        if call > 0:
             function()
-            times.append(1e3 * (time.perf_counter() - start))
-        return statistics.median(times), statistics.median(times)
-    torch.cuda._sleep(100_000_000)  # some 50 ms, in which the host gets ahead
-    events = [torch.cuda.Event(enable_timing=True) for _ in range(repeats + 1)]
-    start = time.perf_counter()
-    for i, event in enumerate(events):
-        if i > 0:
-            function()
-        if i == 3:  # further calls may fill the device's queue, and the host would wait
-            host = 1e3 * (time.perf_counter() - start) / 3
-        event.record()
+        host.append(time.perf_counter())
+        if cuda:
+            events.append(torch.cuda.Event(enable_timing=True))
+            events[-1].record()
     _synchronize(device)
-    return statistics.median(a.elapsed_time(b) for a, b in itertools.pairwise(events)), host
+    on_host = [1e3 * (b - a) for a, b in itertools.pairwise(host)]
+    on_device = [a.elapsed_time(b) for a, b in itertools.pairwise(events)] if cuda else on_host
+    return list(zip(on_device, on_host, strict=True))
 
 
 def _peak_bytes(function: Callable[[], Any], device: torch.device) -> float:
@@ -300,7 +312,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16")
     parser.add_argument("--hidden-size", type=int, default=4096, help="of the projections; 0 leaves them out")
     parser.add_argument("--gates", choices=["usual", "slow"], default="usual", help="slow: nothing is ever forgotten, the worst case")
-    parser.add_argument("--repeats", type=int, default=15, help="at least 3")
+    parser.add_argument("--repeats", type=int, default=15, help="calls that are timed")
     parser.add_argument("--check-tokens", type=int, default=1024, help="tokens of a shard in the check before the first timing")
     parser.add_argument("--check-only", action="store_true", help="time nothing")
     parser.add_argument("--kernels", type=int, default=25, help="how many kernels to list")
