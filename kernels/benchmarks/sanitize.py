@@ -36,6 +36,8 @@ CASES: list[Case | DecodeCase | SummaryCase] = [
     Case(tokens=75, kv_heads=1, group=2, slots=48, documents=(0, 20, 20, 75), memory=(40,), empty_slots="weight"),
     Case(tokens=45, kv_heads=1, group=12, slots=32, batch=2, memory=(5, 40), window=33),
     Case(tokens=45, kv_heads=1, key_dim=256, value_dim=256, window=32),
+    Case(tokens=45, kv_heads=1, group=1, key_dim=256, value_dim=256, window=32),
+    Case(tokens=45, kv_heads=1, group=2, slots=32, window=32),
     Case(tokens=45, kv_heads=1, key_dim=64, value_dim=64, dtype="float16", slots=16),
     Case(tokens=45, kv_heads=1, group=2, dtype="float32", slots=32, memory=(30,), empty_slots="mask"),
     Case(tokens=600, kv_heads=1, window=550, batch=2, memory=(30, 500)),
