@@ -38,11 +38,12 @@ TOLERANCE = 1e-6  # float32 sums of at most 165 terms of one size against float6
 
 @pytest.mark.parametrize("name", CASES)
 def test_kernels_equal_pytorch(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    from nha_kernels.triton import summary
+    from nha_kernels.triton import summary, summary_backward
 
     case = CASES[name]
     monkeypatch.setattr(summary, "_LEAST_CHUNKS", case.least_chunks)
     monkeypatch.setattr(summary, "_MOST_SEGMENTS", case.most_segments)
+    monkeypatch.setattr(summary_backward, "_CHUNKS_AT_ONCE", 4)
     generator = torch.Generator().manual_seed(2)
 
     def normal(*shape: int) -> Tensor:

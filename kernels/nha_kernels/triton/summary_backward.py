@@ -23,6 +23,8 @@ from .summary import (
     summed_behind,
 )
 
+_CHUNKS_AT_ONCE = 128  # programs of a head; each goes on to a chunk so many before, as long as anything is left
+
 
 @triton.jit
 def summary_backward_segments(
@@ -164,37 +166,38 @@ def summary_backward_tokens(
     bh = tl.program_id(2).to(tl.int64)
     b, h = bh // H, bh % H
     index = tl.arange(0, C)
-    group = tl.program_id(0) * SHORT
-    for i in range(group, tl.minimum(group + SHORT, num_chunks)):
-        if i < short_segments * SHORT:
-            segment = i // SHORT
-        else:
-            segment = short_segments + (i - short_segments * SHORT) // long_chunks
-        token = (num_chunks - 1 - i) * C + index.to(tl.int64)
-        at_segment = (bh * num_segments + segment) * M
-        at_chunk = (bh * num_chunks + i) * M
-        acc = tl.zeros((C, BD), tl.float32)
-        largest = GONE
-        for m in range(0, M, BM):
-            slot = m + tl.arange(0, BM)
-            behind = tl.load(logs_behind + at_segment + slot, mask=slot < M, other=GONE)
-            behind += tl.load(chunk_log + at_chunk + slot, mask=slot < M, other=0.0)
-            left = tl.max(behind)
-            if left > GONE:
-                gate, _ = load_gates(g + b * g_batch + h * g_head, g_token, token, T, slot, M)
-                weight = write_strength(gate) * tl.exp(summed_behind(gate, index) + behind[None, :])
-                at = d_update + (bh * M + slot)[:, None] * (K + V) + column[None, :]
-                gradient = tl.load(at, mask=(slot < M)[:, None], other=0.0)
-                acc = tl.dot(weight.to(gradient.dtype), gradient, acc, input_precision="tf32x3")
-            largest = tl.maximum(largest, left)
-        if largest > GONE:
-            ok = (token < T)[:, None]
-            if tl.program_id(1) * BD < K:
-                at_key = dk + b * dk_batch + token[:, None] * dk_token + h * dk_head + column[None, :]
-                tl.store(at_key, (tl.load(at_key, mask=ok, other=0.0) + acc).to(dk.dtype.element_ty), mask=ok)
+    left = 0.0  # what is left of a chunk, as a logarithm; once nothing is, nothing is left of those before it
+    for i in range(tl.program_id(0), num_chunks, tl.num_programs(0)):
+        if left > GONE:
+            if i < short_segments * SHORT:
+                segment = i // SHORT
             else:
-                at_value = dv + b * dv_batch + token[:, None] * dv_token + h * dv_head + (column - K)[None, :]
-                tl.store(at_value, (tl.load(at_value, mask=ok, other=0.0) + acc).to(dv.dtype.element_ty), mask=ok)
+                segment = short_segments + (i - short_segments * SHORT) // long_chunks
+            token = (num_chunks - 1 - i) * C + index.to(tl.int64)
+            at_segment = (bh * num_segments + segment) * M
+            at_chunk = (bh * num_chunks + i) * M
+            acc = tl.zeros((C, BD), tl.float32)
+            left = GONE
+            for m in range(0, M, BM):
+                slot = m + tl.arange(0, BM)
+                behind = tl.load(logs_behind + at_segment + slot, mask=slot < M, other=GONE)
+                behind += tl.load(chunk_log + at_chunk + slot, mask=slot < M, other=0.0)
+                most = tl.max(behind)
+                if most > GONE:
+                    gate, _ = load_gates(g + b * g_batch + h * g_head, g_token, token, T, slot, M)
+                    weight = write_strength(gate) * tl.exp(summed_behind(gate, index) + behind[None, :])
+                    at = d_update + (bh * M + slot)[:, None] * (K + V) + column[None, :]
+                    gradient = tl.load(at, mask=(slot < M)[:, None], other=0.0)
+                    acc = tl.dot(weight.to(gradient.dtype), gradient, acc, input_precision="tf32x3")
+                left = tl.maximum(left, most)
+            if left > GONE:
+                ok = (token < T)[:, None]
+                if tl.program_id(1) * BD < K:
+                    at_key = dk + b * dk_batch + token[:, None] * dk_token + h * dk_head + column[None, :]
+                    tl.store(at_key, (tl.load(at_key, mask=ok, other=0.0) + acc).to(dk.dtype.element_ty), mask=ok)
+                else:
+                    at_value = dv + b * dv_batch + token[:, None] * dv_token + h * dv_head + (column - K)[None, :]
+                    tl.store(at_value, (tl.load(at_value, mask=ok, other=0.0) + acc).to(dv.dtype.element_ty), mask=ok)
 
 
 @on_device_of_first_argument
@@ -238,7 +241,7 @@ def add_summary_gradients_on_gpu(
         **launch.tiles,
         num_stages=1 if exact else 3,
     )
-    summary_backward_tokens[(triton.cdiv(chunks, launch.tiles["SHORT"]), dim // launch.columns, rows)](
+    summary_backward_tokens[(min(chunks, _CHUNKS_AT_ONCE), dim // launch.columns, rows)](
         g,
         chunk_log,
         logs_behind,
