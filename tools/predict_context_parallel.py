@@ -32,6 +32,8 @@ from nha_megatron.config.network_cost import Gather, Link, Network
 
 REPOSITORY = Path(__file__).parents[1]
 RESULTS = REPOSITORY / "kernels" / "benchmarks" / "results"
+TWO_GPUS = REPOSITORY / "docs" / "context_parallel_two_nvidia_h200.json"
+FOUR_GPUS = REPOSITORY / "docs" / "context_parallel_four_nvidia_h200.json"
 ALLOWED_ERROR = 0.15
 
 # (ranks, tokens a rank): 1M tokens in three ways, 4M and 8M over 64 ranks.
@@ -234,8 +236,10 @@ def draw(measured: Measurements, predicted: dict[int, LayerCost], model: Extrapo
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Predict the time of one layer over context ranks.")
-    parser.add_argument("--two-gpus", type=Path, default=REPOSITORY / "docs" / "context_parallel_two_nvidia_h200.json", metavar="JSON")
-    parser.add_argument("--more-gpus", type=Path, nargs="+", default=[], metavar="JSON", help="of the same benchmark over more ranks")
+    parser.add_argument("--two-gpus", type=Path, default=TWO_GPUS, metavar="JSON")
+    parser.add_argument(
+        "--more-gpus", type=Path, nargs="+", metavar="JSON", help="the same benchmark over more ranks; by default that over four in docs/"
+    )
     parser.add_argument("--operator", type=Path, default=RESULTS / "nvidia_h100_80gb_hbm3.json", metavar="JSON")
     parser.add_argument("--small-kernels-us", type=float, default=40.0, help="some 20 of 2 us each (default: %(default)s)")
     parser.add_argument("--nvlink-gb-per-s", type=float, default=300.0, help="each way, two thirds of 450 (default: %(default)s)")
@@ -256,7 +260,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             rails=arguments.rails,
             start_us=arguments.start_us,
         )
-        runs = [read_measurements(path, arguments.operator) for path in (arguments.two_gpus, *arguments.more_gpus)]
+        more = arguments.more_gpus or ([FOUR_GPUS] if arguments.two_gpus == TWO_GPUS else [])
+        runs = [read_measurements(path, arguments.operator) for path in (arguments.two_gpus, *more)]
         measured = runs[0]
         if measured.ranks != 2 or any((run.model, run.window) != (measured.model, measured.window) for run in runs):
             raise ConfigError(f"{arguments.two_gpus} must be of two ranks, and the runs of --more-gpus of the same layer")

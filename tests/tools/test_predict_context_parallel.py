@@ -1,4 +1,4 @@
-"""`tools/predict_context_parallel.py`: the files of this repository predict the run on two GPUs, and only then anything else."""
+"""`tools/predict_context_parallel.py`: the files of this repository predict the runs on two and four GPUs, and only then anything else."""
 
 import json
 import re
@@ -11,6 +11,7 @@ from tools.predict_context_parallel import main
 
 REPOSITORY = Path(__file__).parents[2]
 TWO_GPUS = REPOSITORY / "docs" / "context_parallel_two_nvidia_h200.json"
+FOUR_GPUS = TWO_GPUS.with_name("context_parallel_four_nvidia_h200.json")
 
 
 def rows(markdown: str) -> list[list[str]]:
@@ -22,14 +23,14 @@ def test_the_measured_times_are_predicted_within_15_percent(tmp_path: Path, caps
     assert main(["--output", str(picture)]) == 0
     validated, not_measured = capsys.readouterr().out.split("Not measured")
 
-    measured = {row["tokens_per_rank"]: row["all_ranks_ms"] for row in json.loads(TWO_GPUS.read_text())["rows"]}
-    printed = {int(row[0].replace(",", "")): row for row in rows(validated)}
-    assert printed.keys() == measured.keys() == {16384, 65536}
-    for tokens, (_, ranks, shown, predicted, error, _) in printed.items():
-        assert ranks == "2"
-        assert float(shown) == pytest.approx(measured[tokens], abs=0.005)  # two decimals are printed
-        assert abs(float(predicted) / measured[tokens] - 1) < 0.15
-        assert float(error.rstrip("%")) == pytest.approx(100 * (float(predicted) / measured[tokens] - 1), abs=0.5)
+    runs = {2: json.loads(TWO_GPUS.read_text()), 4: json.loads(FOUR_GPUS.read_text())}
+    measured = {(row["tokens_per_rank"], ranks): row["all_ranks_ms"] for ranks, run in runs.items() for row in run["rows"]}
+    printed = {(int(row[0].replace(",", "")), int(row[1])): row for row in rows(validated)}
+    assert printed.keys() == measured.keys() == {(tokens, ranks) for tokens in (16384, 65536) for ranks in (2, 4)}
+    for run, (_, _, shown, predicted, error, _) in printed.items():
+        assert float(shown) == pytest.approx(measured[run], abs=0.005)  # two decimals are printed
+        assert abs(float(predicted) / measured[run] - 1) < 0.15
+        assert float(error.rstrip("%")) == pytest.approx(100 * (float(predicted) / measured[run] - 1), abs=0.5)
 
     table = rows(not_measured)
     assert [row[0] for row in table] == ["128k", "1M", "1M", "1M", "4M", "8M"]
