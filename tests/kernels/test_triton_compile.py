@@ -11,20 +11,27 @@ SHARED_BYTES = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # what one pro
 STACK_BYTES = 1024  # a few dozen spilled registers; ten times as much was seen where a tile was too large, and it was slow
 
 
-@pytest.mark.parametrize("capability", SHARED_BYTES)
-def test_kernels_compile(capability: int) -> None:
+SMALL, USUAL = (64, 32, 32), (128, 64, 64)  # head size, slots, window; the usual ones have tiles of their own
+
+
+@pytest.mark.parametrize(
+    ("capability", "sizes"),
+    [(80, SMALL), (90, SMALL), (100, SMALL), (90, USUAL), pytest.param(100, USUAL, marks=pytest.mark.slow)],
+)
+def test_kernels_compile(capability: int, sizes: tuple[int, int, int]) -> None:
     from nha_kernels.triton.attention import triton_attention
 
-    tokens, heads, dim = 160, 2, 64
+    dim, slots, window = sizes
+    tokens, heads = 160, 2
     q, k, v = (torch.zeros(1, tokens, count, dim, dtype=torch.bfloat16, requires_grad=True) for count in (4 * heads, heads, heads))
-    g = torch.zeros(1, tokens, heads, 32, requires_grad=True)
+    g = torch.zeros(1, tokens, heads, slots, requires_grad=True)
     with recorded() as launches:
         out, _ = triton_attention(
             q,
             k,
             v,
             g,
-            window=32,
+            window=window,
             rope=torch.ones(dim // 2, dtype=torch.float64),
             rope_attention_factor=1.0,
             scale=dim**-0.5,
