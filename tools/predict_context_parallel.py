@@ -198,24 +198,30 @@ def _short(tokens: int) -> str:
     return f"{tokens // 2**20}M" if tokens >= 2**20 else f"{tokens // 2**10}k"
 
 
-def draw(measured: Measurements, predicted: dict[int, LayerCost], model: Extrapolation, output: Path) -> None:
+def draw(predictions: list[tuple[Measurements, dict[int, LayerCost]]], model: Extrapolation, output: Path) -> None:
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained", width_ratios=(2, 3))
+    validated = [(run.ranks, tokens, run.over_ranks[tokens], cost.total) for run, costs in predictions for tokens, cost in costs.items()]
     for offset, colour, name, times in (
-        (-0.2, "#999999", "measured", list(measured.over_ranks.values())),
-        (0.2, "#56B4E9", "model", [cost.total for cost in predicted.values()]),
+        (-0.2, "#999999", "measured", [measured for *_, measured, _ in validated]),
+        (0.2, "#56B4E9", "model", [predicted for *_, predicted in validated]),
     ):
         bars = left.bar([index + offset for index in range(len(times))], times, width=0.38, color=colour, label=name)
         left.bar_label(bars, fmt="%.2f", fontsize=8)
-    left.set_xticks(range(len(predicted)), [f"{tokens:,}" for tokens in predicted])
-    left.set_xlabel("tokens a rank")
+    left.set_xticks(range(len(validated)), [f"{ranks} x {tokens:,}" for ranks, tokens, *_ in validated], fontsize=8)
+    left.set_xlabel("ranks x tokens")
     left.set_ylabel("layer, forward and backward (ms)")
-    left.set_title("Validated: two ranks", fontsize=10)
+    left.set_title("Validated: ranks over NVLink", fontsize=10)
+    left.set_ylim(0, 1.25 * max(measured for *_, measured, _ in validated))  # room for the legend
     left.legend(frameon=False, loc="upper left")
 
     for tokens, colour in COLOURS.items():
         many, one = ([model.cost(ranks, tokens, rails).efficiency for ranks in FIGURE_RANKS] for rails in (None, 1))
         right.plot(FIGURE_RANKS, many, color=colour, linestyle="--", marker="o", markersize=3, label=f"{tokens:,} tokens a rank")
         right.fill_between(FIGURE_RANKS, one, many, color=colour, alpha=0.15, linewidth=0)
+    for run, _ in predictions:
+        for tokens, over_ranks in run.over_ranks.items():
+            right.scatter([run.ranks], [run.one_rank.at(tokens) / over_ranks], marker="x", color=COLOURS.get(tokens, "#000000"), zorder=3)
+    right.scatter([], [], marker="x", color="#000000", label="measured")
     right.set_xscale("log", base=2)
     right.set_xticks(FIGURE_RANKS)
     right.xaxis.set_major_formatter(ScalarFormatter())
@@ -223,7 +229,7 @@ def draw(measured: Measurements, predicted: dict[int, LayerCost], model: Extrapo
     right.set_ylim(0, 1)
     right.set_xlabel("context ranks")
     right.set_ylabel("efficiency of weak scaling")
-    right.set_title(f"Not measured: {model.network.rails} adapters (shaded: 1)", fontsize=10)
+    right.set_title(f"By the model: {model.network.rails} adapters a node (shaded: 1)", fontsize=10)
     right.legend(frameon=False, loc="lower left")
     for axes in (left, right):
         axes.spines[["top", "right"]].set_visible(False)
@@ -283,7 +289,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
     print(f"Not measured: more ranks (all-gather by {arguments.gather}); milliseconds\n\n{table}\n")
     print(f"{gather_or_scan(model, FIGURE_RANKS[-1])}\n")
-    draw(measured, predictions[0][1], model, arguments.output)
+    draw(predictions, model, arguments.output)
     print(arguments.output)
     return 0
 
