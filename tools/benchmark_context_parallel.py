@@ -39,6 +39,7 @@ from torch.nn import functional as F
 from nha_kernels import nha_attention
 from nha_megatron.attention.context_parallel_exchange import context_parallel_attention
 from nha_megatron.attention.full_attention_context_parallel import full_attention_over_ranks
+from nha_megatron.checkpoint.files import write_atomically
 from nha_megatron.config import ConfigError, ModelConfig, parse_windows
 from nha_megatron.config.arithmetic import context_parallel_bytes
 from nha_megatron.config.full_layers import choose_exchange, exchange_bytes
@@ -203,6 +204,8 @@ def list_kernels(layer: Layer, tokens: int, count: int, device: torch.device, gr
         torch.autograd.grad(layer.over_ranks(shard, group), shard, d_out)
     _synchronize(device)
     with torch.profiler.profile(activities=activities) as profile:
+        dist.barrier(group)  # or a rank waits in its first collective for another's profiler; its own all-reduce is listed too
+        _synchronize(device)
         torch.autograd.grad(layer.over_ranks(shard, group), shard, d_out)
         _synchronize(device)
     kernels = [
@@ -373,7 +376,7 @@ def benchmark(arguments: argparse.Namespace, window: int | None, device: torch.d
 
     def write() -> None:
         if group.rank() == 0 and arguments.output is not None:
-            arguments.output.write_text(json.dumps(result, indent=2) + "\n")
+            write_atomically(arguments.output, json.dumps(result, indent=2) + "\n")
 
     write()
     if not arguments.check_only:

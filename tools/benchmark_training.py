@@ -62,10 +62,8 @@ DEFAULT_SHAPE = ("model.num_heads=16", "model.num_kv_heads=4", "model.window=64"
 RECOMPUTE = ("none", "full")  # selective recomputation saves little with a fused operator
 ESTIMATE_SHARE = 0.75  # of the device's memory: the estimate leaves out workspaces and the allocator's fragmentation
 AGREEMENT_S = 20.0  # all ranks run out of memory at about the same time, or some wait for others
-# A first step that took longer is followed by one timed step only; a still longer one is the timed step itself, as by then all kernels
-# have been compiled for a shorter sequence, and memory is soon allocated.
-LONG_STEP_S, VERY_LONG_STEP_S = 1.5, 5.0
-HANGING_S = 40.0  # a row takes less; the stack shows where a rank waits
+LONG_STEP_S = 3.0  # longer steps are timed once: they vary less, and the machine's time is short
+HANGING_S = 60.0  # a row takes less; the stack shows where a rank waits
 
 Row = dict[str, Any]
 
@@ -166,16 +164,15 @@ class Bench:
 
         losses: list[float] = []
         faulthandler.dump_traceback_later(HANGING_S)
-        first = step()
-        if first > VERY_LONG_STEP_S:
-            times = [first]
-        else:
-            times = [step() for _ in range(1 if first > LONG_STEP_S else steps)]
+        step()  # kernels are compiled and memory is taken
+        times = [step()]
+        if times[0] < LONG_STEP_S:
+            times += [step() for _ in range(steps - 1)]
         faulthandler.cancel_dump_traceback_later()
         seconds = statistics.median(times)
         tokens = config.training.global_batch_size * setting.tokens
         peak = device_peak_flops(self.device)
-        flops = tokens * config.model.flops_per_token(setting.tokens) / self.world_size
+        flops = tokens * config.model.flops_per_token(min(setting.tokens, self.document_tokens or setting.tokens)) / self.world_size
         return {
             "step_ms": 1e3 * seconds,
             "timed_steps": len(times),
@@ -249,6 +246,13 @@ def series(
         yield row
 
 
+def comparable(rows: Sequence[Row], base: RunConfig, document_tokens: int | None) -> list[Row]:
+    """Rows whose work for a token does not depend on the length of the sequence: `full` layers cost more in longer documents."""
+    if None not in base.model.windows:
+        return list(rows)
+    return [row for row in rows if document_tokens is not None and row["tokens_per_rank"] % document_tokens == 0]
+
+
 def weak_scaling(rows: Sequence[Row], num_layers: int) -> list[Row]:
     """Rows of several context ranks beside the row of one with as many tokens a rank, where both were recomputed alike."""
     alone = {(row["tokens"], row["recompute"]): row for row in rows if row["context"] == 1 and "step_ms" in row}
@@ -303,7 +307,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--config", type=Path, metavar="YAML", help="a run to take model, precision and optimizer from")
     parser.add_argument("--set", nargs="+", default=[], metavar="key=value", help="overrides of the configuration")
     parser.add_argument("--recompute", choices=["auto", "none", "selective", "full"], default="auto")
-    parser.add_argument("--steps", type=int, default=2, help="timed steps of a length, after one that is not timed; fewer of long ones")
+    parser.add_argument("--steps", type=int, default=3, help="timed steps of a length, after one that is not timed; one of long ones")
     parser.add_argument("--document-tokens", type=int, metavar="N", help="pack documents of N tokens (default: one document)")
     parser.add_argument("--commit", help="of the code, to be noted where there is no git checkout")
     parser.add_argument("--output", type=Path, metavar="JSON", help="written anew after every row")
@@ -372,8 +376,7 @@ def benchmark(arguments: argparse.Namespace, base: RunConfig, command: Sequence[
         row["data"] = config.training.global_batch_size
         row["bytes_sent_per_layer"] = bytes_sent_per_layer(config)
         result["rows"].append(row)
-        if None not in base.model.windows or arguments.document_tokens is not None:
-            result["weak_scaling"] = weak_scaling(result["rows"], base.model.num_layers)
+        result["weak_scaling"] = weak_scaling(comparable(result["rows"], base, arguments.document_tokens), base.model.num_layers)
         stuck = "out_of_memory_on" in row
         # All ranks have the same numbers, so any that is not stuck can write them.
         if arguments.output is not None and (stuck or os.environ["RANK"] == "0"):

@@ -65,6 +65,7 @@ class Measurements:
 
     model: ModelConfig
     window: int
+    gates: str
     ranks: int
     over_ranks: dict[int, float]  # tokens a rank -> the layer over the ranks
     one_rank: MeasuredTimes  # the operator in the same run
@@ -97,6 +98,7 @@ def read_measurements(several_gpus: Path, operator: Path) -> Measurements:
                 vocab_size=1,
             ),
             window=layer["window"],
+            gates=layer["gates"],
             ranks=run["ranks"],
             over_ranks={row["tokens_per_rank"]: row["all_ranks_ms"] for row in rows},
             one_rank=MeasuredTimes(lengths, tuple(row["one_rank_ms"] for row in rows)),
@@ -266,11 +268,15 @@ def main(argv: Sequence[str] | None = None) -> int:
             rails=arguments.rails,
             start_us=arguments.start_us,
         )
-        more = arguments.more_gpus or ([FOUR_GPUS] if arguments.two_gpus == TWO_GPUS else [])
+        more = arguments.more_gpus or ([FOUR_GPUS] if arguments.two_gpus.resolve() == TWO_GPUS.resolve() else [])
         runs = [read_measurements(path, arguments.operator) for path in (arguments.two_gpus, *more)]
         measured = runs[0]
-        if measured.ranks != 2 or any((run.model, run.window) != (measured.model, measured.window) for run in runs):
-            raise ConfigError(f"{arguments.two_gpus} must be of two ranks, and the runs of --more-gpus of the same layer")
+        if measured.ranks != 2 or any(
+            (run.model, run.window, run.gates) != (measured.model, measured.window, measured.gates) for run in runs
+        ):
+            raise ConfigError(
+                f"{arguments.two_gpus} must be of two ranks, and the runs of --more-gpus of the same layer with the same gates"
+            )
         model = Extrapolation(measured, network, arguments.gather, arguments.small_kernels_us * 1e-3)
         predictions = [(run, predict_run(run, model.rates, network)) for run in runs]
         table = extrapolation_table(model)

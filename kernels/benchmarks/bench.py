@@ -266,7 +266,9 @@ def main() -> None:
     if arguments.published_only:  # beside what another run left: its rows stay that run's
         summary = before | {"published": result}
     else:
-        summary = result | {name: before[name] for name in ("published",) if name in before and not with_published}
+        summary = result
+        if "published" in before and not with_published:
+            summary["published"] = before["published"]
     path.write_text(json.dumps(summary, indent=1) + "\n")
     plot(summary, path.with_suffix(".png"))
 

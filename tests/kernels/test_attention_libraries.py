@@ -56,6 +56,7 @@ def installed(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
         (WIDE, {"flash-attn": "2.8.3.post2", "flash-attn-4": "4.0.0b36"}, "flash-attn-4"),
         (FULL, {"flash-attn-4": "4.0.0b36"}, "flash-attn-4"),
         (FULL._replace(head_dim=256), {"flash-attn-4": "4.0.0b36"}, "torch-flash"),
+        (FULL._replace(head_dim=80), {"flash-attn-4": "4.0.0b36"}, "cudnn"),
         # Nothing was measured there: the packages go before PyTorch's kernel, the newest that runs there first.
         (WIDE._replace(capability=(8, 0)), {}, "torch-flash"),
         (WIDE._replace(capability=(8, 0)), {"flash-attn": "2.8.3.post2", "flash-attn-4": "4.0.0b36"}, "flash-attn"),
@@ -73,7 +74,9 @@ def test_choice(call: WindowCall, packages: dict[str, str], name: str, installed
     [
         ("flash-attn", "2.6.3", "version 2.6.3 is installed, supported are 2.7.0 and later before 3.0.0"),
         ("flash-attn", "3.0.0b1", "version 3.0.0b1 is installed"),
-        ("flash-attn-4", "4.1.0", "version 4.1.0 is installed, supported are 4.0.0 and later before 4.1.0"),
+        ("flash-attn-4", "4.1.0", "version 4.1.0 is installed, supported are 4.0.0b36 and later before 4.1.0"),
+        ("flash-attn-4", "4.0.0b9", "version 4.0.0b9 is installed"),
+        ("flash-attn-4", "unknown", "version unknown is installed"),
     ],
 )
 def test_other_versions_are_passed_over(package: str, version: str, reason: str, installed: dict[str, str]) -> None:

@@ -52,8 +52,18 @@ def test_packed_documents_under_full_recomputation(ranks: RankPool, tmp_path: Pa
     assert (row["context"], row["recompute"]) == (2, "full")
 
 
-@pytest.mark.parametrize("documents", [[], pytest.param(["--document-tokens", "16"], marks=pytest.mark.slow)], ids=["one", "packed"])
-def test_hybrid_stacks_are_compared_where_documents_are_as_long(ranks: RankPool, tmp_path: Path, documents: list[str]) -> None:
+@pytest.mark.parametrize(
+    ("documents", "compared"),
+    [
+        ([], False),
+        pytest.param(["--document-tokens", "16"], True, marks=pytest.mark.slow),
+        pytest.param(["--document-tokens", "48"], False, marks=pytest.mark.slow),  # one rank's sequence of 32 tokens cuts them
+    ],
+    ids=["one", "packed", "cut"],
+)
+def test_hybrid_stacks_are_compared_where_documents_are_as_long(
+    ranks: RankPool, tmp_path: Path, documents: list[str], compared: bool
+) -> None:
     output = tmp_path / "result.json"
     hybrid = ["--set", *TINY[1:], 'model.window="6,full"', "model.empty_slots=weight"]
     arguments = ["--steps", "1", "--tokens", "64", *documents, "--output", str(output), *hybrid]
@@ -61,7 +71,7 @@ def test_hybrid_stacks_are_compared_where_documents_are_as_long(ranks: RankPool,
     result = json.loads(output.read_text())
     assert [(row["context"], row["tokens"]) for row in result["rows"]] == [(2, 64), (1, 32), (1, 64)]
     assert set(result["rows"][0]["bytes_sent_per_layer"]) == {"6", "full"}
-    assert len(result["weak_scaling"]) == bool(documents)
+    assert len(result["weak_scaling"]) == compared
 
 
 def test_lengths_that_do_not_divide_are_refused_before_anything_runs(ranks: RankPool) -> None:

@@ -75,6 +75,7 @@ def test_runs_over_more_ranks_are_predicted_from_the_operator_on_two(tmp_path: P
 
 def test_runs_of_another_layer_are_not_compared(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--more-gpus", str(over_four_ranks(tmp_path, kv_heads=4, heads=16)), "--output", str(tmp_path / "cost.png")]) == 2
+    assert main(["--more-gpus", str(over_four_ranks(tmp_path, gates="slow")), "--output", str(tmp_path / "cost.png")]) == 2
     assert main(["--two-gpus", str(over_four_ranks(tmp_path)), "--output", str(tmp_path / "cost.png")]) == 2
     assert "must be of two ranks" in capsys.readouterr().err
 

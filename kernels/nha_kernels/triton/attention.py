@@ -57,7 +57,7 @@ class _FusedAttention(torch.autograd.Function):
         q, k, v, g = (x.contiguous() for x in (q, k, v, g))
         cos, sin = None, None
         if rope is not None and options.window > 0:
-            reach = options.window + 2 * max(tiles.window, tiles.key_rows) + 2 * max(tiles.chunk, tiles.query_chunk)
+            reach = options.window + 2 * max(tiles.window, tiles.key_rows) + 2 * max(tiles.chunk, tiles.query_chunk, tiles.key_chunk)
             cos, sin = rope_table(rope, options.rope_attention_factor, reach, q)
         problem = Problem(
             q,

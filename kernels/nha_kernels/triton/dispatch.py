@@ -16,7 +16,7 @@ from .libraries import choose_library, window_call
 from .problem import Tiles
 
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
-_CHECKED_CAPABILITIES = {(9, 0)}  # the kernels compile for 8.0 and 10.0 too, but have not run there
+_CHECKED_CAPABILITIES = {(9, 0)}  # the kernels compile for 8.0 (large tiles spill there) and 10.0 too, but have not run there
 WIDEST_FUSED_WINDOW = 512  # wider windows attend through a library's flash kernel (libraries.py, merged_attention.py)
 
 FORWARD_SLAB, BACKWARD_SLAB = 16384, 4096  # tokens whose slots are in device memory at the same time
@@ -116,6 +116,10 @@ def refusal_of_slots(q: Tensor, k: Tensor, v: Tensor, g: Tensor) -> str | None:
         return reason
     if q.dtype == torch.float32 and max(dims) > 128:
         return f"in float32 K and V are at most 128, given {dims}: larger tiles exceed shared memory"
+    group = q.shape[2] // k.shape[2]
+    fewest = group // -(-group // largest_group(q, v))  # query heads that run at a time, in the smallest part of a large group
+    if slots == 16 and fewest < 3 and q.dtype != torch.float32:
+        return f"16 slots have been checked with 3 and more query heads to a KV head at a time, given {group}"
     return None
 
 

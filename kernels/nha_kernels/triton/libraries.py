@@ -13,6 +13,7 @@ import functools
 import importlib
 import importlib.metadata
 import inspect
+import math
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -31,8 +32,8 @@ _MEASURED: dict[_Capability, tuple[tuple[str, ...], tuple[str, ...]]] = {
 }
 _NEWEST_FIRST = ("flash-attn-4", "flash-attn", "torch-flash", "cudnn")
 _MODULES = {"cudnn": "cudnn", "torch-flash": "flash", "flash-attn": "flash_package", "flash-attn-4": "flash_cute"}
-_FLASH_ATTN_VERSIONS = ((2, 7, 0), (3, 0, 0))  # from, up to: the entry points of 2.6 and of 3 take other arguments
-_FLASH_ATTN_4_VERSIONS = ((4, 0, 0), (4, 1, 0))
+_FLASH_ATTN_VERSIONS = ("2.7.0", "3.0.0")  # from, up to: the entry points of 2.6 and of 3 take other arguments
+_FLASH_ATTN_4_VERSIONS = ("4.0.0b36", "4.1.0")  # from the one that was checked on
 
 _preferred: ContextVar[str | None] = ContextVar("preferred attention library", default=None)
 
@@ -125,22 +126,21 @@ def _refusal_of_flash_attn_4(call: WindowCall) -> str | None:
         return "its backward runs on compute capability 9.0 and newer"
     if call.capability >= (12, 0):
         return "on compute capability 12 its backward is not deterministic when asked to be"
-    if call.head_dim > 128:
-        return f"it was tried with heads of at most 128 channels, given {call.head_dim}"
+    if call.head_dim not in (64, 96, 128):
+        return f"it was checked with heads of 64, 96 and 128 channels, given {call.head_dim}"
     reason = _refusal_of_package("flash-attn-4", _FLASH_ATTN_4_VERSIONS, "flash_attn.cute.interface")
     return reason or _missing_arguments_of_flash_attn_4()
 
 
 @functools.cache
-def _refusal_of_package(package: str, versions: tuple[tuple[int, ...], tuple[int, ...]], module: str) -> str | None:
+def _refusal_of_package(package: str, versions: tuple[str, str], module: str) -> str | None:
     try:
         version = importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return "it is not installed"
-    parts = re.match(r"(\d+)\.(\d+)(?:\.(\d+))?", version)
     least, bound = versions
-    if parts is None or not least <= tuple(int(part or 0) for part in parts.groups()) < bound:
-        return f"version {version} is installed, supported are {_dotted(least)} and later before {_dotted(bound)}"
+    if not _release(least) <= _release(version) or _release(version)[:3] >= _release(bound)[:3]:  # a beta of the bound is not below it
+        return f"version {version} is installed, supported are {least} and later before {bound}"
     try:
         importlib.import_module(module)
     except Exception as error:  # built for another torch or against another version of what it needs: anything can come out of it
@@ -159,8 +159,13 @@ def _missing_arguments_of_flash_attn_4() -> str | None:
     return None
 
 
-def _dotted(version: tuple[int, ...]) -> str:
-    return ".".join(map(str, version))
+def _release(version: str) -> tuple[float, ...]:
+    """Major, minor, micro and number of the beta, for comparing; nothing is below it where the version has no such form."""
+    parts = re.match(r"(\d+)\.(\d+)(?:\.(\d+))?(?:b(\d+))?", version)
+    if parts is None:
+        return ()
+    *release, beta = parts.groups()
+    return (*(int(part or 0) for part in release), math.inf if beta is None else int(beta))
 
 
 _REFUSALS: dict[str, Callable[[WindowCall], str | None]] = {
