@@ -12,7 +12,7 @@ import zlib
 
 import torch
 
-from nha_kernels.triton.dispatch import WIDEST_FUSED_WINDOW, choose_tiles, largest_group
+from nha_kernels.triton.dispatch import WIDEST_FUSED_WINDOW, choose_tiles, largest_group, refusal_of_shape
 from nha_kernels.triton.problem import Tiles
 
 _DOCUMENTS = (0, 37, 37, 38, 111, 200)
@@ -134,18 +134,18 @@ def _listed() -> list[Case]:
     ]
 
 
-def _tiles(dtype: str, key_dim: int, value_dim: int, group: int, slots: int, window: int) -> Tiles:
-    def shaped(heads: int, channels: int) -> torch.Tensor:
-        return torch.empty(1, 200, heads, channels, dtype=getattr(torch, dtype), device="meta")
-
-    tiles = choose_tiles(shaped(group, key_dim), shaped(1, key_dim), shaped(1, value_dim), shaped(1, slots), window)
-    return dataclasses.replace(tiles, forward_slab=0, backward_slab=0)  # these follow from the length
+def _shapes(case: Case) -> list[torch.Tensor]:
+    """Queries, keys, values and log-gates, without memory."""
+    sizes = ((case.group, case.key_dim), (1, case.key_dim), (1, case.value_dim), (1, case.slots))
+    return [torch.empty(1, 200, heads, channels, dtype=getattr(torch, case.dtype), device="meta") for heads, channels in sizes]
 
 
 def _configuration(case: Case) -> tuple[Tiles, int]:
     """What kernels are compiled for, but for K, V and M: tiles, and the power of two that holds the query heads to a KV head."""
-    tiles = _tiles(case.dtype, case.key_dim, case.value_dim, case.group, case.slots, case.window or 0)
-    return tiles, 1 << (case.group - 1).bit_length()
+    q, k, v, g = _shapes(case)
+    tiles = choose_tiles(q, k, v, g, case.window or 0)
+    # The slabs follow from the length.
+    return dataclasses.replace(tiles, forward_slab=0, backward_slab=0), 1 << (case.group - 1).bit_length()
 
 
 @functools.cache
@@ -155,12 +155,9 @@ def configurations() -> dict[tuple[Tiles, int], list[Case]]:
     sizes = itertools.product(("bfloat16", "float16", "float32"), (64, 128, 256), (64, 128, 256), range(1, 9), (16, 32, 48, 64, 128, 256))
     for (dtype, key_dim, value_dim, group, slots), window in itertools.product(sizes, (0, 17, 33)):
         case = Case(dtype=dtype, key_dim=key_dim, value_dim=value_dim, group=group, slots=slots, window=window, kv_heads=1)
-        q, v = (torch.empty(1, 1, 1, dim, dtype=getattr(torch, dtype), device="meta") for dim in (key_dim, value_dim))
-        if (dtype == "float32" and max(key_dim, value_dim) > 128) or group > largest_group(q, v):
-            continue
-        if slots == 16 and group < 3 and dtype != "float32":
-            continue  # refused
-        found.setdefault(_configuration(case), []).append(case)
+        q, k, v, g = _shapes(case)
+        if refusal_of_shape(q, k, v, g) is None and group <= largest_group(q, v):
+            found.setdefault(_configuration(case), []).append(case)
     return found
 
 

@@ -30,8 +30,9 @@ def test_cpu_tensors_go_to_torch() -> None:
         ({"dims": (96, 128)}, 64, "K and V must be 64, 128 or 256"),
         ({"slots": 24}, 64, "multiple of 16 from 16 to 256, given 24"),
         ({"slots": 272}, 64, "multiple of 16 from 16 to 256, given 272"),
-        ({"slots": 16, "group": 2}, 64, "16 slots have been checked with 3 and more query heads"),
-        ({"slots": 16, "group": 5, "dims": (256, 256)}, 64, "at a time, given 5"),  # parts of 3 and 2
+        ({"slots": 16, "group": 2}, 64, "have been checked with 3 and more query heads to a KV head, given 2"),
+        ({"slots": 16, "group": 5, "dims": (256, 256)}, 64, "with 3 and more query heads to a KV head, given 5"),  # parts of 3 and 2
+        ({"slots": 32, "group": 2, "dims": (64, 64)}, 64, "32 slots with K and V (64, 64) in torch.bfloat16 have been checked with 3"),
         ({"dims": (256, 64), "dtype": torch.float32}, 64, "at most 128"),
         ({"dtype": torch.float32}, None, "takes bfloat16 and float16, not torch.float32"),
         ({"dtype": torch.float32}, 513, "takes bfloat16 and float16, not torch.float32"),

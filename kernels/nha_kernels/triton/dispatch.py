@@ -47,8 +47,8 @@ def choose_tiles(q: Tensor, k: Tensor, v: Tensor, g: Tensor, window: int) -> Til
         scan_columns=128 if usual else 64,
         scan_warps=chunk // 16,
         slots=min(most, 1 << (g.shape[3] - 1).bit_length()),
-        window=min(32, most) if window > 16 else 16,
-        key_rows=min(most, 64 if window > 32 else 32 if window > 16 else 16),
+        window=min(32, most) if window > 16 or not usual else 16,
+        key_rows=min(most, 64 if window > 32 or not usual else 32 if window > 16 else 16),
         query_chunk=max(64 // heads, 16) if usual else chunk,
         key_chunk=32 // heads if usual else chunk,
         forward_registers=168 if usual else None,
@@ -105,21 +105,23 @@ def refusal(q: Tensor, k: Tensor, v: Tensor, g: Tensor, window: int | None) -> s
 
 def refusal_of_slots(q: Tensor, k: Tensor, v: Tensor, g: Tensor) -> str | None:
     """Why our kernels do not read and write the slots of a call; None if they do."""
-    dims, slots = (q.shape[3], v.shape[3]), g.shape[3]
-    reason = refusal_of_device(q)
-    if reason is not None:
-        return reason
+    return refusal_of_device(q) or refusal_of_shape(q, k, v, g)
+
+
+def refusal_of_shape(q: Tensor, k: Tensor, v: Tensor, g: Tensor) -> str | None:
+    """Why they do not on any device."""
+    dims, slots, group = (q.shape[3], v.shape[3]), g.shape[3], q.shape[2] // k.shape[2]
     if q.dtype not in (torch.bfloat16, torch.float16, torch.float32):
         return f"the kernels take bfloat16, float16 and float32, not {q.dtype}"
     reason = refusal_of_sizes(dims, slots)
     if reason is not None:
         return reason
-    if q.dtype == torch.float32 and max(dims) > 128:
-        return f"in float32 K and V are at most 128, given {dims}: larger tiles exceed shared memory"
-    group = q.shape[2] // k.shape[2]
+    if q.dtype == torch.float32:
+        return f"in float32 K and V are at most 128, given {dims}: larger tiles exceed shared memory" if max(dims) > 128 else None
     fewest = group // -(-group // largest_group(q, v))  # query heads that run at a time, in the smallest part of a large group
-    if slots == 16 and fewest < 3 and q.dtype != torch.float32:
-        return f"16 slots have been checked with 3 and more query heads to a KV head at a time, given {group}"
+    checked = slots > 32 or (slots == 32 and (max(dims) > 128 or (q.dtype == torch.bfloat16 and dims == (128, 128))))
+    if fewest < 3 and not checked:
+        return f"{slots} slots with K and V {dims} in {q.dtype} have been checked with 3 and more query heads to a KV head, given {group}"
     return None
 
 
