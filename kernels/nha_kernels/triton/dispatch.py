@@ -1,8 +1,8 @@
 """Which kernels serve a call, and with which tiles: one static table, no tuning at run time.
 
 Tuning at run time picks different kernels on different ranks and after a restart. Every choice of tiles was compared with float64 on an
-H100 by `kernels/benchmarks/check.py`, at a sample of head sizes, groups, slots and conventions; what failed there, and sizes whose tiles
-were not run there, are refused with the reason. Needs no triton to be imported.
+H100 or H200 by `kernels/benchmarks/check.py`, at a sample of head sizes, groups, slots and conventions; what failed there, and sizes whose
+tiles were not run there, are refused with the reason. Needs no triton to be imported.
 """
 
 import importlib.util
