@@ -7,7 +7,7 @@ By default a 1.2B model with grouped query heads of 128 channels (the shape of c
 chunked loss, backward, gradient reduction and the distributed optimizer's update of one sequence a model replica, by the Megatron engine.
 Context sizes are by default 1 (what is left of the ranks is data parallel) and all ranks. Every length of context size c is timed at
 context size 1 with a c-th of the tokens too: as many tokens a rank, so the difference is what context parallelism adds (weak scaling).
-Tokens of `full` layers cost more in longer documents: such models are compared like this only with `--document-tokens`.
+Tokens of `full` layers cost more in longer documents: such models are compared so only with `--document-tokens` that divide a shard.
 
 Nothing is timed before all context sizes have given the same loss and gradient norm for the same sequences. Tokens are random: timing
 needs no corpus. Recomputation is the least that the memory estimate allows, or the next when memory runs out; what never fits is reported.
@@ -329,6 +329,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def benchmark(arguments: argparse.Namespace, base: RunConfig, command: Sequence[str]) -> int:
+    if arguments.document_tokens is not None and arguments.document_tokens < 1:
+        raise ConfigError(f"--document-tokens {arguments.document_tokens}: give at least 1, or leave it out for one document")
     device, world_size = choose_device(base.training.device), int(os.environ["WORLD_SIZE"])
     contexts = sorted(set(arguments.context or (1, world_size)))
     lengths = {

@@ -134,7 +134,7 @@ def _listed() -> list[Case]:
     ]
 
 
-def _shapes(case: Case) -> list[torch.Tensor]:
+def shapes(case: Case) -> list[torch.Tensor]:
     """Queries, keys, values and log-gates, without memory."""
     sizes = ((case.group, case.key_dim), (1, case.key_dim), (1, case.value_dim), (1, case.slots))
     return [torch.empty(1, 200, heads, channels, dtype=getattr(torch, case.dtype), device="meta") for heads, channels in sizes]
@@ -142,7 +142,7 @@ def _shapes(case: Case) -> list[torch.Tensor]:
 
 def _configuration(case: Case) -> tuple[Tiles, int]:
     """What kernels are compiled for, but for K, V and M: tiles, and the power of two that holds the query heads to a KV head."""
-    q, k, v, g = _shapes(case)
+    q, k, v, g = shapes(case)
     tiles = choose_tiles(q, k, v, g, case.window or 0)
     # The slabs follow from the length.
     return dataclasses.replace(tiles, forward_slab=0, backward_slab=0), 1 << (case.group - 1).bit_length()
@@ -155,7 +155,7 @@ def configurations() -> dict[tuple[Tiles, int], list[Case]]:
     sizes = itertools.product(("bfloat16", "float16", "float32"), (64, 128, 256), (64, 128, 256), range(1, 9), (16, 32, 48, 64, 128, 256))
     for (dtype, key_dim, value_dim, group, slots), window in itertools.product(sizes, (0, 17, 33)):
         case = Case(dtype=dtype, key_dim=key_dim, value_dim=value_dim, group=group, slots=slots, window=window, kv_heads=1)
-        q, k, v, g = _shapes(case)
+        q, k, v, g = shapes(case)
         if refusal_of_shape(q, k, v, g) is None and group <= largest_group(q, v):
             found.setdefault(_configuration(case), []).append(case)
     return found

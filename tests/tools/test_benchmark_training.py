@@ -76,6 +76,7 @@ def test_hybrid_stacks_are_compared_where_documents_are_as_long(
 
 def test_lengths_that_do_not_divide_are_refused_before_anything_runs(ranks: RankPool) -> None:
     assert ranks.run(2, "tools.benchmark_training:main", argv=["--tokens", "63", *TINY]) == [2, 2]
+    assert ranks.run(2, "tools.benchmark_training:main", argv=["--tokens", "64", "--document-tokens", "0", *TINY]) == [2, 2]
 
 
 def different_losses(argv: list[str]) -> int:
