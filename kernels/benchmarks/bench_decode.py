@@ -24,7 +24,7 @@ from check_decode import DecodeCase
 
 from nha_kernels import DecodeMemory, Memory, decode_memory, nha_attention, nha_decode_step
 from nha_kernels.triton import decode_step
-from nha_kernels.triton.dispatch import WIDEST_FUSED_WINDOW
+from nha_kernels.triton.dispatch import attends_by_library
 
 SLOTS, DIM, QUERY_HEADS, KV_HEADS = 64, 128, 32, 8
 L2_BYTES = 64 * 2**20
@@ -61,7 +61,7 @@ def contestants(batch: int, tokens: int, window: int) -> tuple[int, dict[str, Ca
         for memory in memories:
             nha_decode_step(q, k, v, g, memory, rope=rope, backend="triton")
 
-    if window > WIDEST_FUSED_WINDOW:  # in training those take another path
+    if attends_by_library(q, v, window):  # in training those take another path
         return count, {"fused": fused}
     plain = [memory.aligned() for memory in memories[:2]]
 

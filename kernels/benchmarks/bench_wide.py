@@ -1,5 +1,5 @@
 """Times full and wide windows with each library that is installed, and with the fused kernels: what the order in
-nha_kernels/triton/libraries.py and WIDEST_FUSED_WINDOW are made from.
+nha_kernels/triton/libraries.py, and what pays beside the fused kernels, are made from.
 
     PYTHONPATH=kernels python kernels/benchmarks/bench_wide.py [--output kernels/benchmarks/results] [--libraries cudnn,torch-flash]
 
@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from nha_kernels import nha_attention
-from nha_kernels.triton import attention, dispatch
+from nha_kernels.triton import attention
 from nha_kernels.triton.libraries import prefer_library
 
 QUERY_HEADS, KV_HEADS, DIM, SLOTS = 32, 8, 128, 64
@@ -32,6 +32,7 @@ SHAPES: list[tuple[int | None, int, int]] = [  # window, tokens, documents
     (128, 8192, 1),
     (256, 8192, 1),
     (512, 8192, 1),
+    (768, 8192, 1),
     (1024, 8192, 1),
     (None, 8192, 1),
     (None, 32768, 1),
@@ -57,10 +58,8 @@ def call_of(window: int | None, tokens: int, documents: int) -> tuple[Any, list[
 @contextlib.contextmanager
 def attending(name: str) -> Iterator[None]:
     """Windows of any width by this library, or by the fused kernels."""
-    widest = 10**9 if name == "fused" else 0
     with (
-        mock.patch.object(attention, "WIDEST_FUSED_WINDOW", widest),
-        mock.patch.object(dispatch, "WIDEST_FUSED_WINDOW", widest),
+        mock.patch.object(attention, "attends_by_library", lambda q, v, window: name != "fused"),
         prefer_library(None if name == "fused" else name),
     ):
         yield

@@ -12,7 +12,7 @@ import zlib
 
 import torch
 
-from nha_kernels.triton.dispatch import WIDEST_FUSED_WINDOW, choose_tiles, largest_group, refusal_of_shape
+from nha_kernels.triton.dispatch import attends_by_library, choose_tiles, largest_group, refusal_of_shape
 from nha_kernels.triton.problem import Tiles
 
 _DOCUMENTS = (0, 37, 37, 38, 111, 200)
@@ -43,7 +43,8 @@ class Case:
 
     @property
     def by_library(self) -> bool:
-        return self.window is None or self.window > WIDEST_FUSED_WINDOW
+        q, _, v, _ = shapes(self)
+        return attends_by_library(q, v, self.window)
 
     @property
     def cost(self) -> float:
@@ -74,6 +75,9 @@ def _listed() -> list[Case]:
         Case(documents=documents, group=2, empty_slots="mask", memory=(70,)),
         Case(batch=2, group=1, memory=(5, 90), empty_slots="weight", window=48, tokens=77),
         Case(tokens=600, window=300),
+        Case(tokens=1100, window=1023),
+        Case(tokens=1500, window=1200, key_dim=64, documents=(0, 1300, 1500)),  # no library takes K that is not V
+        Case(dtype="float32", tokens=1300, window=1100, group=2),  # nor float32
         Case(tokens=700, window=512, rotary_dim=0, documents=(0, 650, 700)),
         Case(tokens=150, slots=16),
         Case(tokens=150, slots=48),
@@ -105,12 +109,16 @@ def _listed() -> list[Case]:
         Case(dtype="float32", gates="mixed", documents=documents, empty_slots="weight", memory=(70,)),
         Case(dtype="float32", gates="extreme", key_dim=64, value_dim=64, group=1),
         Case(dtype="float32", tokens=100, group=8, slots=128),
+        Case(dtype="float32", tokens=70, group=1, key_dim=256, value_dim=256, empty_slots="weight", documents=(0, 20, 70), memory=(40,)),
+        Case(dtype="float32", tokens=70, group=3, key_dim=256, value_dim=256, slots=32, window=20),  # one head at a time
+        Case(dtype="float32", tokens=60, group=1, key_dim=256, value_dim=64, slots=16, gates="mixed"),
+        Case(dtype="float32", tokens=60, group=2, key_dim=64, value_dim=256, slots=96, window=0),
         Case(tokens=9000, batch=2, gates="slow"),  # several slabs of the backward
         Case(tokens=17000, kv_heads=1, group=2, gates="mixed", documents=(0, 9000, 17000)),  # and of the forward
-        Case(tokens=900, window=600),
-        Case(tokens=900, window=600, batch=2, memory=(100, 700), empty_slots="weight"),
-        Case(tokens=900, window=600, memory=(300,), documents=(0, 650, 650, 900), group=1),
-        Case(tokens=700, window=600, group=12, slots=32),
+        Case(tokens=1500, window=1100),
+        Case(tokens=1500, window=1100, batch=2, memory=(100, 1300), empty_slots="weight"),
+        Case(tokens=1500, window=1100, memory=(300,), documents=(0, 1200, 1200, 1500), group=1),
+        Case(tokens=1300, window=1100, group=12, slots=32),
         Case(tokens=333, window=2000, memory=(2500,), dtype="float16"),
         Case(tokens=300, window=None, memory=(60,), documents=(0, 100, 300)),
         Case(tokens=5, window=None, batch=2, memory=(60, 1000), empty_slots="weight"),
@@ -131,6 +139,14 @@ def _listed() -> list[Case]:
         *(Case(tokens=101, group=group, slots=32, window=32) for group in (1, 2)),
         Case(tokens=101, group=1, slots=32, empty_slots="weight", documents=(0, 20, 101), memory=(40,)),
         Case(tokens=130, group=2, slots=32, gates="mixed"),
+        *(Case(tokens=101, group=group, slots=16, window=window) for group in (1, 2) for window in (0, 32)),
+        *(Case(tokens=101, group=group, slots=slots, key_dim=64, value_dim=64) for group in (1, 2) for slots in (16, 32)),
+        Case(dtype="float16", tokens=101, group=1, slots=16, documents=(0, 20, 101), memory=(40,)),
+        Case(tokens=60, group=5, slots=16, key_dim=256, value_dim=256, empty_slots="weight"),  # parts of 3 and 2 heads
+        # Slots that are alike: little is left of the gradient of the queries.
+        *(Case(tokens=119, group=7, window=window, rotary_dim=64, empty_slots="mask", gates="extreme") for window in (0, 1, 5)),
+        Case(dtype="float16", tokens=119, group=2, slots=128, window=0, empty_slots="weight", gates="extreme"),
+        Case(tokens=119, group=1, slots=48, window=0, gates="extreme", documents=(0, 40, 119)),
     ]
 
 

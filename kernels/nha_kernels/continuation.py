@@ -12,7 +12,7 @@ from torch import Tensor
 from .conventions import EmptySlots, clamp_log_gates
 from .memory import Memory
 from .operator import check_arguments, nha_attention
-from .triton.dispatch import WIDEST_FUSED_WINDOW, refusal
+from .triton.dispatch import attends_by_library, refusal
 
 
 @dataclass(frozen=True)
@@ -77,8 +77,8 @@ def continue_attention(
     """
     held = tokens.held
     k, v, g = (x[:, held:] for x in (tokens.keys, tokens.values, tokens.log_gates))
-    fused = backend in ("auto", "triton") and tokens.window <= WIDEST_FUSED_WINDOW and refusal(q, k, v, g, tokens.window) is None
-    if fused:
+    served = backend in ("auto", "triton") and refusal(q, k, v, g, tokens.window) is None
+    if served and not attends_by_library(q, v, tokens.window):
         from .triton.continuation import fused_continuation
 
         check_arguments(q, k, v, g, tokens.window, rope, empty_slots, cu_seqlens, None)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from nha_kernels.triton import libraries
-from nha_kernels.triton.libraries import WindowCall, choose_library, prefer_library
+from nha_kernels.triton.libraries import WindowCall, choose_library, library_pays, prefer_library
 from tests.kernels.flash_stand_ins import cute_interface, flash_attn_interface
 
 FULL = WindowCall(torch.bfloat16, 128, 8192, None, one_document=True, capability=(9, 0))
@@ -117,3 +117,10 @@ def test_a_library_may_be_asked_for(installed: dict[str, str]) -> None:
         choose_library(WIDE)
     with pytest.raises(ValueError, match="allowed are 'cudnn', 'torch-flash', 'flash-attn', 'flash-attn-4'"), prefer_library("flash"):
         pass
+
+
+@pytest.mark.parametrize(("packages", "widest_fused"), [({}, 1023), ({"flash-attn-4": "4.0.0b36"}, 512)])
+def test_windows_from_which_a_library_pays(packages: dict[str, str], widest_fused: int, installed: dict[str, str]) -> None:
+    installed.update(packages)
+    assert not library_pays(WIDE._replace(window=0)) and not library_pays(WIDE._replace(window=widest_fused))
+    assert library_pays(WIDE._replace(window=widest_fused + 1)) and library_pays(FULL)

@@ -91,13 +91,13 @@ def memory_of(lengths: list[int], window: int | None, *, kv_heads: int = 1, slot
 
 
 def test_wide_window_over_documents_that_continue_a_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(attention, "WIDEST_FUSED_WINDOW", 4)
+    monkeypatch.setattr(attention, "attends_by_library", lambda q, v, window: True)
     documents = torch.tensor([0, 8, 8, 20], dtype=torch.int32)
     compare(inputs(1, 20), memory_of([7], 5), window=5, cu_seqlens=documents, empty_slots="weight")
 
 
 def test_wide_window_over_rows_of_different_length(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(attention, "WIDEST_FUSED_WINDOW", 4)
+    monkeypatch.setattr(attention, "attends_by_library", lambda q, v, window: True)
     compare(inputs(2, 6), memory_of([2, 9], 5), window=5, empty_slots="attend")
 
 

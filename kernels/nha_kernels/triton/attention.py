@@ -18,7 +18,7 @@ from ..sequence import ExtendedSequence, extend_sequence
 from .backward_slots import backward_slots
 from .backward_window import backward_window
 from .device import on_device_of_first_argument
-from .dispatch import WIDEST_FUSED_WINDOW, choose_tiles, largest_group, refusal_of_slots
+from .dispatch import attends_by_library, choose_tiles, largest_group, refusal_of_slots
 from .flash import sequence_bounds
 from .forward import forward
 from .libraries import choose_library, window_call
@@ -116,7 +116,7 @@ def triton_attention(
     memory: Memory | None,
 ) -> tuple[Tensor, Memory]:
     """Arguments as `nha_attention`; dispatch has checked that the kernels serve them."""
-    if window is None or window > WIDEST_FUSED_WINDOW:
+    if window is None or attends_by_library(q, v, window):
 
         def attend(part: Tensor) -> tuple[Tensor, Memory]:
             return _wide_window(part, k, v, g, window, rope, rope_attention_factor, scale, empty_slots, cu_seqlens, memory)

@@ -48,7 +48,7 @@ def slot_backward_reads(
     lse,
     d_out,
     dq,
-    delta_out,  # [B, T, HQ] <d_out, out>
+    delta_out,  # [B, T, HQ] <d_out, out>, not written with SLOTS_ALONE
     state_gradient,  # [B*H, N, M, K+V]
     log_gradient,  # [B*H, N, M] gradient of the sum of log-gates before the chunk (EMPTY == 2)
     dk_written,  # [B, E, H, K]
@@ -75,6 +75,7 @@ def slot_backward_reads(
     EMPTY: tl.constexpr,
     DOCS: tl.constexpr,
     ONE_BLOCK: tl.constexpr,
+    SLOTS_ALONE: tl.constexpr,
 ):
     n, bh = chunk_and_head(num_chunks)
     b, h = bh // H, bh % H
@@ -89,9 +90,12 @@ def slot_backward_reads(
     queries = load_group(q + at_query * K, T - t0, C, R, RP, H, K)
     dtype = queries.dtype
     do = load_group(d_out + at_query * V, T - t0, C, R, RP, H, V)
-    o = load_group(out + at_query * V, T - t0, C, R, RP, H, V)
-    delta = tl.sum(do.to(tl.float32) * o.to(tl.float32), 1)
-    tl.store(delta_out + at_query + at_row, delta, mask=row_ok)
+    if SLOTS_ALONE:
+        delta = tl.zeros((C * RP,), tl.float32)
+    else:
+        o = load_group(out + at_query * V, T - t0, C, R, RP, H, V)
+        delta = tl.sum(do.to(tl.float32) * o.to(tl.float32), 1)
+        tl.store(delta_out + at_query + at_row, delta, mask=row_ok)  # for the window's gradients
     lse_row = tl.load(lse + at_query + at_row, mask=row_ok, other=float("inf"))
     lse_row = tl.where(lse_row == float("-inf"), float("inf"), lse_row) * LOG2_E  # nothing visible: probabilities 0
     first = load_starts(start, b, t0, token, T, DOCS)
@@ -121,8 +125,12 @@ def slot_backward_reads(
     key_weights = tl.zeros((C, C * RP), tl.float32)  # d logit / d (q . k_written), summed over slots
     value_weights = tl.zeros((C, C * RP), tl.float32)
     dq_rows = tl.zeros((C * RP, K), tl.float32)
+    # Where queries see nothing but slots, a first turn over them sums <d_out, out> up. That of an output rounded to 16 bits would be most
+    # of the error: where slots are alike, little of de is left for the gradient of the queries.
+    blocks: tl.constexpr = (M + BM - 1) // BM
     # Unrolled: as a loop, Triton 3.6 gave wrong gradients of queries and keys for M 128 and 256 on an H100 (check.py found it).
-    for m in tl.static_range(0, M, BM):
+    for turn in tl.static_range(-blocks if SLOTS_ALONE else 0, blocks):
+        m = (turn % blocks) * BM
         slot = m + tl.arange(0, BM)
         slot_ok = slot < M
         gate = load_gates(g + at_written * M, index * H, slot, written, M)
@@ -181,65 +189,69 @@ def slot_backward_reads(
             )
         biased = biased_logits(with_own * (scale * LOG2_E), log_mass, query_row - W >= first, slot, M, BM, EMPTY)
         p = tl.exp2(biased - lse_row[:, None])
-        softmax_gradient = p * (dp + own_value_score[:, None] * own_strength - delta[:, None])
-        de = softmax_gradient * scale
-        own_gradient = rounded_sums(same_token, de * own_score[:, None] + p * own_value_score[:, None], queries)
-        exponent_gradient = rounded_sums(same_token, de * logits + p * dp, queries)
-        if EMPTY == 2:
-            mass = write_strength(log_mass)
-            d_log = tl.where(mass > SMALLEST_NORMAL, softmax_gradient * (1 - 1 / tl.maximum(mass, SMALLEST_NORMAL)), 0.0)
-            to_state = tl.sum(tl.where(continues[:, None], d_log, 0.0), 0)
-            tl.store(log_gradient + (bh * num_chunks + n) * M + slot, to_state, mask=slot_ok)
-            exponent_gradient += rounded_sums(same_token, d_log, queries)
+        dp_with_own = dp + own_value_score[:, None] * own_strength
+        if turn < 0:
+            delta += tl.sum(p * dp_with_own, 1)
+        else:
+            softmax_gradient = p * (dp_with_own - delta[:, None])
+            de = softmax_gradient * scale
+            own_gradient = rounded_sums(same_token, de * own_score[:, None] + p * own_value_score[:, None], queries)
+            exponent_gradient = rounded_sums(same_token, de * logits + p * dp, queries)
+            if EMPTY == 2:
+                mass = write_strength(log_mass)
+                d_log = tl.where(mass > SMALLEST_NORMAL, softmax_gradient * (1 - 1 / tl.maximum(mass, SMALLEST_NORMAL)), 0.0)
+                to_state = tl.sum(tl.where(continues[:, None], d_log, 0.0), 0)
+                tl.store(log_gradient + (bh * num_chunks + n) * M + slot, to_state, mask=slot_ok)
+                exponent_gradient += rounded_sums(same_token, d_log, queries)
 
-        strength_gradient = tl.zeros((C, BM), tl.float32)
-        for block in tl.static_range(0, C, BLOCK):
-            to_row, to_reference = pair_factors(
-                exponent,
-                from_state,
-                token,
-                first,
-                index,
-                index_first,
-                floored,
-                start,
-                b,
-                t0,
-                T,
-                held,
-                block,
-                BLOCK,
-                DOCS,
-                ONE_BLOCK,
-            )
-            from_write = to_decay_dtype(strength * to_reference, queries)
-            de_row = to_decay_dtype(de * to_row, queries)
-            p_row = to_decay_dtype(p * to_row, queries)
-            key_weights = tl.dot(from_write, tl.trans(de_row), key_weights, input_precision="tf32x3")
-            value_weights = tl.dot(from_write, tl.trans(p_row), value_weights, input_precision="tf32x3")
-            received = tl.dot(scores, de_row, input_precision="tf32x3")
-            received = tl.dot(value_scores, p_row, received, input_precision="tf32x3")
-            strength_gradient += received * to_reference
-        later = (index[None, :] >= index[:, None]) & (index_first[None, :] == index_first[:, None])
-        summed = signed_sums(tl.where(later, 1.0, 0.0), exponent_gradient - strength * strength_gradient)
-        strength_gradient += own_gradient
-        dg = tl.where(gate < -40.0, 0.0, summed - exp(floored) * strength_gradient)
-        at_gates = gate_gradient + at_written * M + index[:, None] * (H * M) + slot[None, :]
-        tl.store(at_gates, dg, mask=written[:, None] & slot_ok[None, :])
+            strength_gradient = tl.zeros((C, BM), tl.float32)
+            for block in tl.static_range(0, C, BLOCK):
+                to_row, to_reference = pair_factors(
+                    exponent,
+                    from_state,
+                    token,
+                    first,
+                    index,
+                    index_first,
+                    floored,
+                    start,
+                    b,
+                    t0,
+                    T,
+                    held,
+                    block,
+                    BLOCK,
+                    DOCS,
+                    ONE_BLOCK,
+                )
+                from_write = to_decay_dtype(strength * to_reference, queries)
+                de_row = to_decay_dtype(de * to_row, queries)
+                p_row = to_decay_dtype(p * to_row, queries)
+                key_weights = tl.dot(from_write, tl.trans(de_row), key_weights, input_precision="tf32x3")
+                value_weights = tl.dot(from_write, tl.trans(p_row), value_weights, input_precision="tf32x3")
+                received = tl.dot(scores, de_row, input_precision="tf32x3")
+                received = tl.dot(value_scores, p_row, received, input_precision="tf32x3")
+                strength_gradient += received * to_reference
+            later = (index[None, :] >= index[:, None]) & (index_first[None, :] == index_first[:, None])
+            summed = signed_sums(tl.where(later, 1.0, 0.0), exponent_gradient - strength * strength_gradient)
+            strength_gradient += own_gradient
+            dg = tl.where(gate < -40.0, 0.0, summed - exp(floored) * strength_gradient)
+            at_gates = gate_gradient + at_written * M + index[:, None] * (H * M) + slot[None, :]
+            tl.store(at_gates, dg, mask=written[:, None] & slot_ok[None, :])
 
-        p_state = decayed(p, from_state, at_reference, ONE_BLOCK).to(dtype)
-        de_state = decayed(de, from_state, at_reference, ONE_BLOCK).to(dtype)
-        at_gradient = state_gradient + ((bh * num_chunks + n) * M) * (K + V)
-        do_again = load_group(d_out + at_query * V, T - t0, C, R, RP, H, V, True)
-        d_state = tl.dot(tl.trans(p_state), do_again, input_precision="tf32x3")
-        at_values = at_gradient + slot[:, None] * (K + V) + K + tl.arange(0, V)[None, :]
-        tl.store(at_values, d_state.to(state_gradient.dtype.element_ty), mask=slot_ok[:, None])
-        q_again = load_group(q + at_query * K, T - t0, C, R, RP, H, K, True)
-        d_state = tl.dot(tl.trans(de_state), q_again, input_precision="tf32x3")
-        at_keys = at_gradient + slot[:, None] * (K + V) + tl.arange(0, K)[None, :]
-        tl.store(at_keys, d_state.to(state_gradient.dtype.element_ty), mask=slot_ok[:, None])
-        state = load_tile(state_keys + (at_state + m) * K, M - m, BM, K, True)
-        dq_rows = tl.dot(de_state, state, dq_rows, input_precision="tf32x3")
+            p_state = decayed(p, from_state, at_reference, ONE_BLOCK).to(dtype)
+            de_state = decayed(de, from_state, at_reference, ONE_BLOCK).to(dtype)
+            at_gradient = state_gradient + ((bh * num_chunks + n) * M) * (K + V)
+            do_again = load_group(d_out + at_query * V, T - t0, C, R, RP, H, V, True)
+            d_state = tl.dot(tl.trans(p_state), do_again, input_precision="tf32x3")
+            at_values = at_gradient + slot[:, None] * (K + V) + K + tl.arange(0, V)[None, :]
+            tl.store(at_values, d_state.to(state_gradient.dtype.element_ty), mask=slot_ok[:, None])
+            q_again = load_group(q + at_query * K, T - t0, C, R, RP, H, K, True)
+            d_state = tl.dot(tl.trans(de_state), q_again, input_precision="tf32x3")
+            at_keys = at_gradient + slot[:, None] * (K + V) + tl.arange(0, K)[None, :]
+            tl.store(at_keys, d_state.to(state_gradient.dtype.element_ty), mask=slot_ok[:, None])
+            state = load_tile(state_keys + (at_state + m) * K, M - m, BM, K, True)
+            dq_rows = tl.dot(de_state, state, dq_rows, input_precision="tf32x3")
 
     weights = tl.where(pairs, key_weights, 0.0).to(dtype)
     keys = load_rows_again(k + at_written * K, index * H, written, K)
@@ -287,7 +299,7 @@ def backward_reads(
         slab.first,
         slab.chunks,
         p.scale,
-        **p.tile_constants("H R RP K V M C BLOCK BM HALF GATE_FLOOR EMPTY DOCS ONE_BLOCK"),
+        **p.tile_constants("H R RP K V M C BLOCK BM HALF GATE_FLOOR EMPTY DOCS ONE_BLOCK SLOTS_ALONE"),
         num_warps=p.tiles.read_warps,
         num_stages=p.tiles.read_stages,
     )

@@ -1,8 +1,7 @@
 """Which kernels serve a call, and with which tiles: one static table, no tuning at run time.
 
 Tuning at run time picks different kernels on different ranks and after a restart. Every choice of tiles was compared with float64 on an
-H100 or H200 by `kernels/benchmarks/check.py`, at a sample of head sizes, groups, slots and conventions; what failed there, and sizes whose
-tiles were not run there, are refused with the reason. Needs no triton to be imported.
+H100 or H200 by `kernels/benchmarks/check.py`, at a sample of head sizes, groups, slots and conventions. Needs no triton to be imported.
 """
 
 import importlib.util
@@ -12,13 +11,11 @@ import torch
 from torch import Tensor
 
 from ..memory import Memory
-from .libraries import choose_library, window_call
+from .libraries import choose_library, library_pays, window_call
 from .problem import Tiles
 
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
 _CHECKED_CAPABILITIES = {(9, 0)}  # the kernels compile for 8.0 (large tiles spill there) and 10.0 too, but have not run there
-WIDEST_FUSED_WINDOW = 512  # wider windows attend through a library's flash kernel (libraries.py, merged_attention.py)
-
 FORWARD_SLAB, BACKWARD_SLAB = 16384, 4096  # tokens whose slots are in device memory at the same time
 
 
@@ -79,6 +76,13 @@ def refusal_of_device(x: Tensor, *, any_capability: bool = False) -> str | None:
     return None
 
 
+def attends_by_library(q: Tensor, v: Tensor, window: int | None) -> bool:
+    """Whether a library attends to the window and our kernels to the slots alone (merged_attention.py); else our kernels attend to both."""
+    if window is None:
+        return True
+    return _refusal_of_flash(q, v) is None and library_pays(window_call(q, window, one_document=False))
+
+
 def refusal_of_sizes(dims: tuple[int, int], slots: int) -> str | None:
     """Why no kernel of this package takes these K and V or this M; None if they do."""
     if not set(dims) <= {64, 128, 256}:
@@ -89,18 +93,17 @@ def refusal_of_sizes(dims: tuple[int, int], slots: int) -> str | None:
 
 
 def largest_group(q: Tensor, v: Tensor) -> int:
-    """Query heads of a KV head that the kernels take at a time; larger tiles exceed shared memory. More run in parts."""
-    return 4 if q.dtype == torch.float32 or max(q.shape[3], v.shape[3]) > 128 else 8
+    """Query heads of a KV head that the kernels take at a time; larger tiles exceed shared memory, or (float32, 256 channels) spill 70 kB a
+    thread. More run in parts."""
+    wide = max(q.shape[3], v.shape[3]) > 128
+    if q.dtype == torch.float32:
+        return 1 if wide else 4
+    return 4 if wide else 8
 
 
 def refusal(q: Tensor, k: Tensor, v: Tensor, g: Tensor, window: int | None) -> str | None:
     """Why the kernels do not serve a call; None if they do."""
-    if window is None:
-        return _refusal_of_full(q, v)
-    reason = refusal_of_slots(q, k, v, g)
-    if reason is None and window > WIDEST_FUSED_WINDOW:
-        reason = _refusal_of_flash(q, v)
-    return reason
+    return _refusal_of_full(q, v) if window is None else refusal_of_slots(q, k, v, g)
 
 
 def refusal_of_slots(q: Tensor, k: Tensor, v: Tensor, g: Tensor) -> str | None:
@@ -110,19 +113,9 @@ def refusal_of_slots(q: Tensor, k: Tensor, v: Tensor, g: Tensor) -> str | None:
 
 def refusal_of_shape(q: Tensor, k: Tensor, v: Tensor, g: Tensor) -> str | None:
     """Why they do not on any device."""
-    dims, slots, group = (q.shape[3], v.shape[3]), g.shape[3], q.shape[2] // k.shape[2]
     if q.dtype not in (torch.bfloat16, torch.float16, torch.float32):
         return f"the kernels take bfloat16, float16 and float32, not {q.dtype}"
-    reason = refusal_of_sizes(dims, slots)
-    if reason is not None:
-        return reason
-    if q.dtype == torch.float32:
-        return f"in float32 K and V are at most 128, given {dims}: larger tiles exceed shared memory" if max(dims) > 128 else None
-    fewest = group // -(-group // largest_group(q, v))  # query heads that run at a time, in the smallest part of a large group
-    checked = slots > 32 or (slots == 32 and (max(dims) > 128 or (q.dtype == torch.bfloat16 and dims == (128, 128))))
-    if fewest < 3 and not checked:
-        return f"{slots} slots with K and V {dims} in {q.dtype} have been checked with 3 and more query heads to a KV head, given {group}"
-    return None
+    return refusal_of_sizes((q.shape[3], v.shape[3]), g.shape[3])
 
 
 def _refusal_of_full(q: Tensor, v: Tensor) -> str | None:
@@ -133,11 +126,10 @@ def _refusal_of_full(q: Tensor, v: Tensor) -> str | None:
 
 def _refusal_of_flash(q: Tensor, v: Tensor) -> str | None:
     dims = (q.shape[3], v.shape[3])
-    wide = f"full windows and those wider than {WIDEST_FUSED_WINDOW} tokens go through flash attention, which"
     if q.dtype not in (torch.bfloat16, torch.float16):
-        return f"{wide} takes bfloat16 and float16, not {q.dtype}"
+        return f"full windows go through flash attention, which takes bfloat16 and float16, not {q.dtype}"
     if dims[0] != dims[1] or dims[0] % 8 or dims[0] > 256:
-        return f"{wide} needs K = V, a multiple of 8 up to 256, given {dims}"
+        return f"full windows go through flash attention, which needs K = V, a multiple of 8 up to 256, given {dims}"
     return None
 
 
@@ -160,7 +152,7 @@ def explain_dispatch(
         if reason is not None:
             return f"torch: the slots of the memory are read by kernels that do not serve the call: {reason}"
     library = ""
-    if window is None or window > WIDEST_FUSED_WINDOW:
+    if attends_by_library(q, v, window):
         choice = choose_library(window_call(q, window, one_document=cu_seqlens is None and memory is None))
         library = f"window by {choice.name} ({choice.reason})"
     if window is None and memory is None:

@@ -30,6 +30,9 @@ _Capability = tuple[int, int] | None
 _MEASURED: dict[_Capability, tuple[tuple[str, ...], tuple[str, ...]]] = {
     (9, 0): (("flash-attn-4", "cudnn", "torch-flash"), ("flash-attn-4", "torch-flash"))
 }
+# Windows up to these are faster in the fused kernels than by the library (bench_wide.py).
+_PAYS_ABOVE = {"flash-attn-4": 512}
+_OTHERS_PAY_ABOVE = 1023
 _NEWEST_FIRST = ("flash-attn-4", "flash-attn", "torch-flash", "cudnn")
 _MODULES = {"cudnn": "cudnn", "torch-flash": "flash", "flash-attn": "flash_package", "flash-attn-4": "flash_cute"}
 _FLASH_ATTN_VERSIONS = ("2.7.0", "3.0.0")  # from, up to: the entry points of 2.6 and of 3 take other arguments
@@ -88,6 +91,13 @@ def choose_library(call: WindowCall) -> Choice:
             return Choice(name, "; ".join([why, *passed_over]))
         passed_over.append(f"not {name}: {reason}")
     raise AssertionError(passed_over)
+
+
+def library_pays(call: WindowCall) -> bool:
+    """Whether the window is attended to faster by the library that `choose_library` takes than by the fused kernels."""
+    if call.window is None:
+        return True
+    return call.window > min(_PAYS_ABOVE.values()) and call.window > _PAYS_ABOVE.get(choose_library(call).name, _OTHERS_PAY_ABOVE)
 
 
 def load_library(name: str) -> ModuleType:

@@ -154,6 +154,7 @@ class Problem:
             "ONE_BLOCK": self.DOCS != 2 and self.C == self.tiles.block == 16,
             "ROPE": self.cos is not None,
             "WINDOW": self.attend_window and self.window > 0,
+            "SLOTS_ALONE": self.attend_window and self.window == 0 and self.q.dtype != torch.float32,
         }
         return {name: constants[name] for name in names.split()}
 
