@@ -58,10 +58,8 @@ def call_of(window: int | None, tokens: int, documents: int) -> tuple[Any, list[
 @contextlib.contextmanager
 def attending(name: str) -> Iterator[None]:
     """Windows of any width by this library, or by the fused kernels."""
-    with (
-        mock.patch.object(attention, "attends_by_library", lambda q, v, window: name != "fused"),
-        prefer_library(None if name == "fused" else name),
-    ):
+    fused = mock.patch.object(attention, "attends_by_library", return_value=False)
+    with fused if name == "fused" else prefer_library(name):
         yield
 
 

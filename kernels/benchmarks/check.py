@@ -121,7 +121,7 @@ def check(case: Case | DecodeCase | SummaryCase, library: str | None = None) -> 
         elif isinstance(case, SummaryCase):
             result |= check_summary(case, seed)
         else:
-            with prefer_library(library if case.by_library else None):
+            with prefer_library(library if case.wide else None):
                 result |= _check_operator(case, seed)
     except Exception as error:  # the other cases still run; the exit status says that this one failed
         result.update(passed=False, exception="".join(traceback.format_exception_only(error))[-600:])
@@ -137,7 +137,7 @@ def _check_operator(case: Case, seed: int) -> dict[str, Any]:
     if explanation.startswith("torch: "):
         return {"passed": True, "refused": explanation.removeprefix("torch: ")}
     # Libraries' backward passes are deterministic only when they must be.
-    torch.use_deterministic_algorithms(True, warn_only=not (case.by_library and case.deterministic))
+    torch.use_deterministic_algorithms(True, warn_only=not (case.wide and case.deterministic))
     first = run(inputs, memory, options, "triton", dtype)
     second = run(inputs, memory, options, "triton", dtype)
     torch.use_deterministic_algorithms(True, warn_only=True)
@@ -165,7 +165,7 @@ def main() -> None:
     chosen = [case for case in all_cases() if re.search(arguments.only, case.name)]
     chosen = [case for case in chosen if not (arguments.skip and re.search(arguments.skip, case.name))]
     if arguments.attention_library:
-        chosen = [case for case in chosen if isinstance(case, Case) and case.by_library]
+        chosen = [case for case in chosen if isinstance(case, Case) and case.wide]
     if arguments.list:
         print("\n".join(case.name for case in chosen))
         return

@@ -12,7 +12,7 @@ import zlib
 
 import torch
 
-from nha_kernels.triton.dispatch import attends_by_library, choose_tiles, largest_group, refusal_of_shape
+from nha_kernels.triton.dispatch import choose_tiles, largest_group, refusal_of_shape
 from nha_kernels.triton.problem import Tiles
 
 _DOCUMENTS = (0, 37, 37, 38, 111, 200)
@@ -42,9 +42,10 @@ class Case:
         return " ".join(changed) or "default"
 
     @property
-    def by_library(self) -> bool:
-        q, _, v, _ = shapes(self)
-        return attends_by_library(q, v, self.window)
+    def wide(self) -> bool:
+        """Whether a library attends to the window, or would if a fast one were installed."""
+        served = self.dtype != "float32" and self.key_dim == self.value_dim
+        return self.window is None or (served and self.window > 512)
 
     @property
     def cost(self) -> float:
@@ -115,6 +116,7 @@ def _listed() -> list[Case]:
         Case(dtype="float32", tokens=60, group=2, key_dim=64, value_dim=256, slots=96, window=0),
         Case(tokens=9000, batch=2, gates="slow"),  # several slabs of the backward
         Case(tokens=17000, kv_heads=1, group=2, gates="mixed", documents=(0, 9000, 17000)),  # and of the forward
+        Case(tokens=900, window=600),
         Case(tokens=1500, window=1100),
         Case(tokens=1500, window=1100, batch=2, memory=(100, 1300), empty_slots="weight"),
         Case(tokens=1500, window=1100, memory=(300,), documents=(0, 1200, 1200, 1500), group=1),
@@ -143,6 +145,19 @@ def _listed() -> list[Case]:
         *(Case(tokens=101, group=group, slots=slots, key_dim=64, value_dim=64) for group in (1, 2) for slots in (16, 32)),
         Case(dtype="float16", tokens=101, group=1, slots=16, documents=(0, 20, 101), memory=(40,)),
         Case(tokens=60, group=5, slots=16, key_dim=256, value_dim=256, empty_slots="weight"),  # parts of 3 and 2 heads
+        # Kernels are compiled for lengths that are multiples of 16, too.
+        *(Case(tokens=256, group=group) for group in (1, 2, 4, 8)),
+        *(Case(tokens=192, group=group, memory=(100,), documents=(0, 50, 192), empty_slots="weight") for group in (1, 2, 4, 8)),
+        *(Case(tokens=256, group=group, window=0) for group in (1, 4)),
+        *(Case(tokens=256, group=group, slots=128) for group in (1, 4)),
+        *(Case(tokens=256, group=group, slots=32) for group in (1, 2, 4)),
+        Case(dtype="float16", batch=2, tokens=192, memory=(100, 70)),
+        Case(dtype="float32", batch=2, tokens=192, memory=(100, 70)),
+        Case(tokens=256, key_dim=64, value_dim=64),
+        Case(tokens=256, key_dim=256, value_dim=256),
+        Case(tokens=1536, window=1200),
+        Case(tokens=8192, batch=2),
+        Case(tokens=32768, kv_heads=1, group=1, gates="mixed"),
         # Slots that are alike: little is left of the gradient of the queries.
         *(Case(tokens=119, group=7, window=window, rotary_dim=64, empty_slots="mask", gates="extreme") for window in (0, 1, 5)),
         Case(dtype="float16", tokens=119, group=2, slots=128, window=0, empty_slots="weight", gates="extreme"),
@@ -156,18 +171,22 @@ def shapes(case: Case) -> list[torch.Tensor]:
     return [torch.empty(1, 200, heads, channels, dtype=getattr(torch, case.dtype), device="meta") for heads, channels in sizes]
 
 
-def _configuration(case: Case) -> tuple[Tiles, int]:
-    """What kernels are compiled for, but for K, V and M: tiles, and the power of two that holds the query heads to a KV head."""
+Configuration = tuple[str, int | None, Tiles, int]
+
+
+def _configuration(case: Case) -> Configuration:
+    """What kernels are compiled for, but for M and a K that is not V: dtype, K = V, tiles, and the power of two that holds the group."""
     q, k, v, g = shapes(case)
     tiles = choose_tiles(q, k, v, g, case.window or 0)
     # The slabs follow from the length.
-    return dataclasses.replace(tiles, forward_slab=0, backward_slab=0), 1 << (case.group - 1).bit_length()
+    tiles = dataclasses.replace(tiles, forward_slab=0, backward_slab=0)
+    return case.dtype, case.key_dim if case.key_dim == case.value_dim else None, tiles, 1 << (case.group - 1).bit_length()
 
 
 @functools.cache
-def configurations() -> dict[tuple[Tiles, int], list[Case]]:
+def configurations() -> dict[Configuration, list[Case]]:
     """Every one that dispatch can choose, and sizes that lead to it."""
-    found: dict[tuple[Tiles, int], list[Case]] = {}
+    found: dict[Configuration, list[Case]] = {}
     sizes = itertools.product(("bfloat16", "float16", "float32"), (64, 128, 256), (64, 128, 256), range(1, 9), (16, 32, 48, 64, 128, 256))
     for (dtype, key_dim, value_dim, group, slots), window in itertools.product(sizes, (0, 17, 33)):
         case = Case(dtype=dtype, key_dim=key_dim, value_dim=value_dim, group=group, slots=slots, window=window, kv_heads=1)
@@ -177,16 +196,17 @@ def configurations() -> dict[tuple[Tiles, int], list[Case]]:
     return found
 
 
-def covered(listed: list[Case]) -> set[tuple[Tiles, int]]:
+def covered(listed: list[Case]) -> set[Configuration]:
     """Configurations of the cases in which every kernel runs: the library attends to wider windows, larger groups run in parts."""
-    return {_configuration(case) for case in listed if not case.by_library and case.group <= 8}
+    return {_configuration(case) for case in listed if not case.wide and case.group <= 8}
 
 
 def _drawn(sizes: list[Case]) -> Case:
     """One of the sizes, with a shape drawn from a seed that these sizes give: the same in every run."""
     generator = random.Random(zlib.crc32(sizes[0].name.encode()))
     case = generator.choice(sizes)
-    tokens, batch = 2 * generator.randint(30, 90) + 1, generator.choice((1, 1, 2))
+    # Kernels are compiled for lengths that are multiples of 16 and for others.
+    tokens, batch = generator.choice((2 * generator.randint(30, 90) + 1, 16 * generator.randint(3, 12))), generator.choice((1, 1, 2))
     documents: tuple[int, ...] = ()
     if batch == 1 and generator.random() < 0.5:
         documents = (0, *sorted(generator.sample(range(1, tokens), 2)), tokens)

@@ -51,8 +51,9 @@ def installed(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
         (FULL._replace(num_tokens=1), {}, "torch-flash"),
         (FULL._replace(head_dim=256), {}, "torch-flash"),
         (WIDE, {}, "torch-flash"),
-        # What was measured on a device goes before what was not.
-        (WIDE, {"flash-attn": "2.8.3.post2"}, "torch-flash"),
+        # The fastest that was measured on the device.
+        (FULL, {"flash-attn": "2.8.3.post2"}, "cudnn"),
+        (WIDE, {"flash-attn": "2.8.3.post2"}, "flash-attn"),
         (WIDE, {"flash-attn": "2.8.3.post2", "flash-attn-4": "4.0.0b36"}, "flash-attn-4"),
         (FULL, {"flash-attn-4": "4.0.0b36"}, "flash-attn-4"),
         (FULL._replace(head_dim=256), {"flash-attn-4": "4.0.0b36"}, "torch-flash"),
@@ -124,3 +125,5 @@ def test_windows_from_which_a_library_pays(packages: dict[str, str], widest_fuse
     installed.update(packages)
     assert not library_pays(WIDE._replace(window=0)) and not library_pays(WIDE._replace(window=widest_fused))
     assert library_pays(WIDE._replace(window=widest_fused + 1)) and library_pays(FULL)
+    with prefer_library("torch-flash"):  # who asks for a library does not get another way
+        assert library_pays(WIDE._replace(window=64))

@@ -14,17 +14,14 @@ STACK_BYTES = 1024  # a few dozen spilled registers; ten times as much was seen 
 SMALL, USUAL = (64, 32, 32), (128, 64, 64)  # head size, slots, window; the usual ones have tiles of their own
 
 
-@pytest.mark.parametrize(
-    ("capability", "sizes"),
-    [(80, SMALL), (90, SMALL), (100, SMALL), (90, USUAL), pytest.param(100, USUAL, marks=pytest.mark.slow)],
-)
-def test_kernels_compile(capability: int, sizes: tuple[int, int, int]) -> None:
+def launches_of(
+    dim: int, slots: int, window: int, *, tokens: int = 160, batch: int = 1, group: int = 4, dtype: torch.dtype = torch.bfloat16
+) -> list[Launch]:
     from nha_kernels.triton.attention import triton_attention
 
-    dim, slots, window = sizes
-    tokens, heads = 160, 2
-    q, k, v = (torch.zeros(1, tokens, count, dim, dtype=torch.bfloat16, requires_grad=True) for count in (4 * heads, heads, heads))
-    g = torch.zeros(1, tokens, heads, slots, requires_grad=True)
+    heads = 2
+    q, k, v = (torch.zeros(batch, tokens, count, dim, dtype=dtype, requires_grad=True) for count in (group * heads, heads, heads))
+    g = torch.zeros(batch, tokens, heads, slots, requires_grad=True)
     with recorded() as launches:
         out, _ = triton_attention(
             q,
@@ -40,10 +37,47 @@ def test_kernels_compile(capability: int, sizes: tuple[int, int, int]) -> None:
             memory=None,
         )
         out.sum().backward()
+    return launches
+
+
+@pytest.mark.parametrize(
+    ("capability", "sizes"),
+    [(80, SMALL), (90, SMALL), (100, SMALL), (90, USUAL), pytest.param(100, USUAL, marks=pytest.mark.slow)],
+)
+def test_kernels_compile(capability: int, sizes: tuple[int, int, int]) -> None:
+    launches = launches_of(*sizes)
     kernels = {launch.kernel.__name__: launch for launch in launches}
     assert {"scan_segments", "attention_forward", "slot_backward_reads", "compose_state_gradients"} <= set(kernels)
     assert {"slot_backward_writes", "window_backward_queries", "window_backward_keys", "fill_table"} <= set(kernels)
     assert_compile(launches, capability)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("sizes", "dtype", "stack_limit"),
+    [
+        ((128, 64, 0), torch.bfloat16, STACK_BYTES),
+        ((128, 256, 0), torch.bfloat16, 2 * STACK_BYTES),  # four blocks of slots, unrolled, twice
+        ((256, 64, 64), torch.float32, 16 * STACK_BYTES),  # exact products of 256 channels: slow, and no head more at a time
+    ],
+)
+def test_the_largest_tiles_compile(sizes: tuple[int, int, int], dtype: torch.dtype, stack_limit: int) -> None:
+    assert_compile(launches_of(*sizes, dtype=dtype), 90, stack_limit)
+
+
+@pytest.mark.parametrize("lengths", [(16, 272, 512, 4096), (17, 100, 300, 4095)])
+def test_kernels_are_compiled_once_for_multiples_of_16_and_once_for_all_other_lengths(lengths: tuple[int, ...]) -> None:
+    """Triton tells integers apart that are 1 or multiples of 16; which of them numbers of chunks and segments are must not matter."""
+    seen: dict[str, set[tuple[object, ...]]] = {}
+    for tokens, batch in zip(lengths, (1, 2, 1, 3), strict=True):
+        for launch in launches_of(128, 64, 64, tokens=tokens, batch=batch):
+            free = [p for p in launch.kernel.params if not p.is_constexpr and not p.do_not_specialize]
+            values = [launch.arguments[parameter.name] for parameter in free]
+            kinds = [(x == 1, x % 16 == 0) if isinstance(x, int) else type(x) for x in values]
+            first_pass = launch.arguments.get("FIRST_PASS")
+            seen.setdefault(f"{launch.kernel.__name__} {first_pass}", set()).add(tuple(kinds))
+    assert "scan_segments True" in seen and "slot_backward_reads None" in seen
+    assert all(len(kinds) == 1 for kinds in seen.values()), {name: len(kinds) for name, kinds in seen.items()}
 
 
 @pytest.mark.parametrize("capability", SHARED_BYTES)
@@ -97,8 +131,8 @@ def test_summary_kernels_compile(capability: int) -> None:
     assert_compile(launches, capability)
 
 
-def assert_compile(launches: list[Launch], capability: int) -> None:
+def assert_compile(launches: list[Launch], capability: int, stack_limit: int = STACK_BYTES) -> None:
     for name, launch in {launch.kernel.__name__: launch for launch in launches}.items():
         compiled = launch.compile(capability)
         assert compiled.metadata.shared <= SHARED_BYTES[capability], name
-        assert stack_bytes(compiled) <= STACK_BYTES, name
+        assert stack_bytes(compiled) <= stack_limit, name

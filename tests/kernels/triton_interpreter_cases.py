@@ -104,6 +104,24 @@ def test_slabs_of_the_sequence_equal_one(monkeypatch: pytest.MonkeyPatch) -> Non
     compare(Case(window=3, tokens=34, empty_slots="weight", seen=(5, 9)))
 
 
+def test_slots_alone_sum_delta_themselves(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As 16-bit inputs do: here the inputs are float32, which take it from the output."""
+    from nha_kernels.triton.problem import Problem
+
+    monkeypatch.setattr(Problem, "sums_delta_over_slots", True)
+    compare(Case(window=0, slots=32, documents=(0, 7, 20), seen=(5,), gate_scale=60.0))
+
+
+def test_a_window_wider_than_the_sequence_costs_no_more_than_the_sequence(monkeypatch: pytest.MonkeyPatch) -> None:
+    from nha_kernels.triton import attention
+
+    lengths = []
+    table = attention.rope_table
+    monkeypatch.setattr(attention, "rope_table", lambda *call: lengths.append(call[2]) or table(*call))
+    compare(Case(window=10**9, empty_slots="weight", seen=(15,)))
+    assert lengths and max(lengths) < 20 + 15 + 200
+
+
 def test_the_windows_gradients_take_other_numbers_of_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
     """More tokens a program of queries, fewer beside a block of keys, than a chunk holds."""
     from nha_kernels.triton import attention

@@ -45,7 +45,7 @@ class Launch:
                 signature[parameter.name] = _POINTERS[value.dtype]
             else:
                 signature[parameter.name] = "fp32" if isinstance(value, float) else "i32"
-            if isinstance(value, torch.Tensor) or (isinstance(value, int) and value % 16 == 0):
+            if isinstance(value, torch.Tensor) or (isinstance(value, int) and value % 16 == 0 and not parameter.do_not_specialize):
                 attributes[(position,)] = [["tt.divisibility", 16]]
         source = ASTSource(fn=self.kernel, signature=signature, constexprs=constants, attrs=attributes)
         return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=self.options)

@@ -56,8 +56,10 @@ class _FusedAttention(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         q, k, v, g = (x.contiguous() for x in (q, k, v, g))
         cos, sin = None, None
-        if rope is not None and options.window > 0:
-            reach = options.window + 2 * max(tiles.window, tiles.key_rows) + 2 * max(tiles.chunk, tiles.query_chunk, tiles.key_chunk)
+        # What lies farther back than all rows has neither work nor angles. A multiple of 16: one compiled kernel fewer.
+        window = min(options.window, -(-k.shape[1] // 16) * 16)
+        if rope is not None and window > 0:
+            reach = window + 2 * max(tiles.window, tiles.key_rows) + 2 * max(tiles.chunk, tiles.query_chunk, tiles.key_chunk)
             cos, sin = rope_table(rope, options.rope_attention_factor, reach, q)
         problem = Problem(
             q,
@@ -68,7 +70,7 @@ class _FusedAttention(torch.autograd.Function):
             cos,
             sin,
             held=options.held,
-            window=options.window,
+            window=window,
             rotated_pairs=0 if rope is None else rope.shape[0],
             scale=options.scale,
             empty_slots=options.empty_slots,

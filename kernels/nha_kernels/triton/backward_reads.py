@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import LOG2_E, continues_state, exp, load_gates, load_starts, rounded_sums, signed_sums, write_strength
+from .common import LENGTHS, LOG2_E, continues_state, exp, load_gates, load_starts, rounded_sums, signed_sums, write_strength
 from .problem import Gradients, Problem, Slab
 from .states import ChunkStates
 from .tiles import (
@@ -34,7 +34,7 @@ from .tiles import (
 )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=LENGTHS)
 def slot_backward_reads(
     q,
     k,

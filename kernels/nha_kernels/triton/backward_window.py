@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import LOG2_E, load_starts, unrotate
+from .common import LENGTHS, LOG2_E, load_starts, unrotate
 from .problem import Gradients, Problem
 from .tiles import (
     chunk_and_head,
@@ -28,8 +28,8 @@ from .tiles import (
 def _block_gradient(
     k,
     v,
-    near,
-    lowest,
+    in_block,  # rows from that of k and v on
+    distance,  # from the first row of the window
     ok,
     r1,
     r2,
@@ -49,16 +49,16 @@ def _block_gradient(
     ROPE: tl.constexpr,
 ):
     """Adds what one block of window rows gives to the gradient of the rotated queries."""
-    k1, k2 = load_halves(k, near * H, ok, K, HALF)
-    k1, k2 = rotated(k1, k2, cos, sin, near - lowest, K, ROPE)
-    values = load_rows(v, near * H, ok, V)
+    k1, k2 = load_halves(k, in_block * H, ok, K, HALF)
+    k1, k2 = rotated(k1, k2, cos, sin, distance, K, ROPE)
+    values = load_rows(v, in_block * H, ok, V)
     p = tl.where(visible, tl.exp2(dot_halves(r1, r2, k1, k2) * (scale * LOG2_E) - lse[:, None]), 0.0)
     dp = tl.dot(d_out, tl.trans(values), input_precision="tf32x3")
     de = (p * (dp - delta[:, None]) * scale).to(r1.dtype)
     return tl.dot(de, k1, dq1, input_precision="tf32x3"), tl.dot(de, k2, dq2, input_precision="tf32x3")
 
 
-@triton.jit
+@triton.jit(do_not_specialize=LENGTHS)
 def window_backward_queries(
     q,
     k,
@@ -108,16 +108,16 @@ def window_backward_queries(
     at_own = (b * E + held + t0) * H + h
     dq1 = tl.zeros((C * RP, K // 2), tl.float32)
     dq2 = tl.zeros((C * RP, K // 2), tl.float32)
-    for offset in range(lowest, 0, BN):
-        near = offset + tl.arange(0, BN)
-        row = held + t0 + near
+    in_block = tl.arange(0, BN)
+    for offset in range(tl.maximum(lowest, -tl.cdiv(held + t0 - readable, BN) * BN), 0, BN):
+        row = held + t0 + offset + in_block
         visible = window_visible(row, query_row, first, W)
         ok = (row >= readable) & (row < E)
         dq1, dq2 = _block_gradient(
-            k + at_own * K,
-            v + at_own * V,
-            near,
-            lowest,
+            k + (at_own + offset * H) * K,
+            v + (at_own + offset * H) * V,
+            in_block,
+            offset + in_block - lowest,
             ok,
             r1,
             r2,
@@ -142,7 +142,7 @@ def window_backward_queries(
         k + at_own * K,
         v + at_own * V,
         index,
-        lowest,
+        index - lowest,
         own_row < E,
         r1,
         r2,
@@ -168,7 +168,7 @@ def window_backward_queries(
     store_halves(dq + at_query * K, at_row, row_ok, dq1 + b1, dq2 + b2, K, HALF)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=LENGTHS)
 def window_backward_keys(
     q,
     k,

@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import continues_state, exp, load_gates, load_starts, signed_sums, write_strength
+from .common import LENGTHS, continues_state, exp, load_gates, load_starts, signed_sums, write_strength
 from .problem import Gradients, Problem, Slab
 from .states import ChunkStates
 from .tiles import chunk_and_head, dot_halves, load_halves, load_rows, load_state_halves, store_halves, to_decay_dtype
@@ -30,7 +30,7 @@ def _take_step(at, at_log, n, step, M: tl.constexpr, ok, gradient, log, own, own
     return tl.where(decay >= 0, gradient * decay, 0.0) + own, log
 
 
-@triton.jit
+@triton.jit(do_not_specialize=LENGTHS)
 def compose_state_gradients(
     state_gradient,  # [B*H, N, M, K+V], in: from each chunk's reads to the slots before it; out: gradient of the slots after it
     log_gradient,  # [B*H, N, M], likewise of the sum of log-gates (LOG)
@@ -98,7 +98,7 @@ def compose_state_gradients(
     tl.store(initial_gradient + at_ends + D, log)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=LENGTHS)
 def slot_backward_writes(
     k,
     v,

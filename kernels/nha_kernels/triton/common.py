@@ -18,6 +18,10 @@ neither factor exceeds e^64. Floors: -8 with 16 tokens (bf16 and fp16, a decay o
 import triton
 import triton.language as tl
 
+# Run-time arguments that follow from lengths. Triton would compile a kernel anew where one of them is 1 or a multiple of 16. T, the held
+# rows and W are left to it: with multiples of 16 tiles end where the sequence does, which saves registers, so there are two of each kernel.
+LENGTHS = ["first_chunk", "num_chunks", "num_segments", "chunks_per_segment", "num_offsets", "short_segments", "long_chunks", "N"]
+
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
 LARGEST_EXPONENT = tl.constexpr(80.0)  # e^80 is finite in float32; larger exponents belong to masked pairs only

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import LN_2, LOG2_E, continues_state, load_gates, load_starts, write_strength
+from .common import LENGTHS, LN_2, LOG2_E, continues_state, load_gates, load_starts, write_strength
 from .problem import Problem, Slab
 from .states import ChunkStates, SegmentStarts, empty_states, scan_slab, slabs
 from .tiles import (
@@ -33,7 +33,7 @@ from .tiles import (
 )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=LENGTHS)
 def attention_forward(
     q,
     k,
@@ -190,19 +190,21 @@ def attention_forward(
 
     if WINDOW:
         readable = tl.min(index_first, 0)  # rows before the chunk's first document may hold anything, NaN too
-        lowest = -((W - 1 + BN - 1) // BN) * BN  # first row that the program touches, relative to the chunk's own first row
+        lowest = -((W - 1 + BN - 1) // BN) * BN  # first row of the window, relative to the chunk's own first row
         q1, q2 = load_group_halves(q + at_query * K, T - t0, C, R, RP, H, K, HALF)
         r1, r2 = rotated(q1, q2, cos, sin, token - lowest, K, ROPE)
         at_own = (b * E + held + t0) * H + h
-        for offset in range(lowest, 0, BN):
-            near = offset + tl.arange(0, BN)
+        in_block = tl.arange(0, BN)
+        for offset in range(tl.maximum(lowest, -tl.cdiv(held + t0 - readable, BN) * BN), 0, BN):
+            near = offset + in_block
             row = held + t0 + near
-            k1, k2 = load_halves(k + at_own * K, near * H, (row >= readable) & (row < E), K, HALF)
+            at_block = at_own + offset * H
+            k1, k2 = load_halves(k + at_block * K, in_block * H, (row >= readable) & (row < E), K, HALF)
             k1, k2 = rotated(k1, k2, cos, sin, near - lowest, K, ROPE)
             logits = dot_halves(r1, r2, k1, k2) * logit_scale
             logits = tl.where(window_visible(row, query_row, first, W), logits, float("-inf"))
             p, largest, total, acc = fold(logits, largest, total, acc)
-            values = load_rows(v + at_own * V, near * H, (row >= readable) & (row < E), V)
+            values = load_rows(v + at_block * V, in_block * H, (row >= readable) & (row < E), V)
             acc = tl.dot(p.to(dtype), values, acc, input_precision="tf32x3")
         row = held + t0 + index
         k1, k2 = load_halves(k + at_own * K, index * H, row < E, K, HALF)

@@ -28,7 +28,7 @@ _Capability = tuple[int, int] | None
 
 # By compute capability: for full windows with one document in each row, and for everything else.
 _MEASURED: dict[_Capability, tuple[tuple[str, ...], tuple[str, ...]]] = {
-    (9, 0): (("flash-attn-4", "cudnn", "torch-flash"), ("flash-attn-4", "torch-flash"))
+    (9, 0): (("flash-attn-4", "cudnn", "flash-attn", "torch-flash"), ("flash-attn-4", "flash-attn", "torch-flash"))
 }
 # Windows up to these are faster in the fused kernels than by the library (bench_wide.py).
 _PAYS_ABOVE = {"flash-attn-4": 512}
@@ -64,7 +64,8 @@ def window_call(q: Tensor, window: int | None, *, one_document: bool) -> WindowC
 
 @contextmanager
 def prefer_library(name: str | None) -> Iterator[None]:
-    """Inside, calls take this library or fail with the reason: for the checks and benchmarks that compare libraries."""
+    """Inside, full windows and all others that libraries serve (16 bits, K = V) take this one or fail with the reason: for the checks and
+    benchmarks that compare libraries."""
     if name is not None and name not in _MODULES:
         raise ValueError(f"attention library {name!r}: allowed are {', '.join(map(repr, _MODULES))}")
     token = _preferred.set(name)
@@ -94,8 +95,8 @@ def choose_library(call: WindowCall) -> Choice:
 
 
 def library_pays(call: WindowCall) -> bool:
-    """Whether the window is attended to faster by the library that `choose_library` takes than by the fused kernels."""
-    if call.window is None:
+    """Whether the library that `choose_library` takes attends faster than the fused kernels do, or was asked for."""
+    if call.window is None or _preferred.get() is not None:
         return True
     return call.window > min(_PAYS_ABOVE.values()) and call.window > _PAYS_ABOVE.get(choose_library(call).name, _OTHERS_PAY_ABOVE)
 

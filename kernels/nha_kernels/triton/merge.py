@@ -4,10 +4,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .common import LENGTHS
+
 _ROWS = 16  # of a program
 
 
-@triton.jit
+@triton.jit(do_not_specialize=LENGTHS)
 def merge_rows(
     out,  # [N, V] of one part, then of both
     lse,  # [N] likewise

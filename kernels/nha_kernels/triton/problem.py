@@ -133,6 +133,11 @@ class Problem:
     def GATE_FLOOR(self) -> float:
         return -64.0 / (self.tiles.block // 2)
 
+    @property
+    def sums_delta_over_slots(self) -> bool:
+        """Whether <d_out, out> is summed over the slots, where they are all that queries see, and not taken from an output of 16 bits."""
+        return self.attend_window and self.window == 0 and self.q.dtype != torch.float32
+
     def tile_constants(self, names: str) -> dict[str, Any]:
         """Compile-time arguments of a kernel, by name."""
         group = self.query_heads // self.kv_heads
@@ -154,7 +159,7 @@ class Problem:
             "ONE_BLOCK": self.DOCS != 2 and self.C == self.tiles.block == 16,
             "ROPE": self.cos is not None,
             "WINDOW": self.attend_window and self.window > 0,
-            "SLOTS_ALONE": self.attend_window and self.window == 0 and self.q.dtype != torch.float32,
+            "SLOTS_ALONE": self.sums_delta_over_slots,
         }
         return {name: constants[name] for name in names.split()}
 
@@ -164,7 +169,7 @@ class Gradients:
     """What the backward kernels hand to each other."""
 
     q: Tensor
-    delta: Tensor  # [B, T, HQ] <d_out, out>
+    delta: Tensor  # [B, T, HQ] <d_out, out>, for the window; not written without one
     states: Tensor  # [B*H, N, M, K+V] gradient of the slots of a slab: before each chunk, then (composed) after it
     logs: Tensor  # [B*H, N, M] the same of the sum of log-gates
     keys: Tensor  # [B, E, H, K] gradient through the slots; rows that were never written are not touched. The window adds its part

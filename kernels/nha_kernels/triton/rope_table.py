@@ -5,8 +5,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .common import LENGTHS
 
-@triton.jit
+
+@triton.jit(do_not_specialize=LENGTHS)
 def fill_table(frequencies, cos, sin, factor, num_offsets, PAIRS: tl.constexpr, HALF_WIDTH: tl.constexpr, BO: tl.constexpr):
     offset = tl.program_id(0) * BO + tl.arange(0, BO)
     pair = tl.arange(0, HALF_WIDTH)

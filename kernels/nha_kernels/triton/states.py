@@ -12,11 +12,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import continues_state, exp, load_starts, split_tf32, write_strength
+from .common import LENGTHS, continues_state, exp, load_starts, split_tf32, write_strength
 from .problem import Problem, Slab
 
 
-@triton.jit
+@triton.jit(do_not_specialize=LENGTHS)
 def scan_segments(
     k,
     v,
@@ -149,7 +149,7 @@ def _take_segment(at, at_log, segment, num_segments, M: tl.constexpr, D: tl.cons
     return state, tl.where(resets, 0.0, log_mass) + log_update
 
 
-@triton.jit
+@triton.jit(do_not_specialize=LENGTHS)
 def compose_segments(
     updates,
     update_logs,

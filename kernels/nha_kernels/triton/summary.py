@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import write_strength
+from .common import LENGTHS, write_strength
 from .device import on_device_of_first_argument
 
 _CHUNK = 32
@@ -57,7 +57,7 @@ def log_behind_segment(segment_log, bh, segment, slot, num_segments, M: tl.const
     return tl.sum(tl.load(at, mask=(other < segment)[:, None] & (slot < M)[None, :], other=0.0), 0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=LENGTHS)
 def sum_log_gates(
     g,
     segment_log,  # [B * H, segments, M] sum of the log-gates of each segment, from the end
@@ -96,7 +96,7 @@ def sum_log_gates(
     tl.store(segment_log + (bh * tl.num_programs(0) + segment) * M + slot, behind, mask=slot < M)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=LENGTHS)
 def summarise_segments(
     k,  # [B, T, H, K], v and g likewise
     v,
@@ -168,7 +168,7 @@ def logs_behind_segments(segment_log, bh, slot, segment, num_segments, M: tl.con
     return tl.sum(tl.where(segment[None, :] < segment[:, None], logs[None, :], 0.0), 1), tl.sum(logs, 0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=LENGTHS)
 def compose_summary(
     updates,
     segment_log,

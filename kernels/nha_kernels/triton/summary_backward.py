@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import write_strength
+from .common import LENGTHS, write_strength
 from .device import on_device_of_first_argument
 from .summary import (
     GONE,
@@ -26,7 +26,7 @@ from .summary import (
 _CHUNKS_AT_ONCE = 128  # programs of a head; each goes on to a chunk so many before, as long as anything is left
 
 
-@triton.jit
+@triton.jit(do_not_specialize=LENGTHS)
 def summary_backward_segments(
     updates,
     segment_log,
@@ -59,7 +59,7 @@ def summary_backward_segments(
     tl.store(logs_behind + at, behind, mask=ok)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=LENGTHS)
 def summary_backward_gates(
     k,
     v,
@@ -131,7 +131,7 @@ def summary_backward_gates(
         summed += tl.sum(weighted, 0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=LENGTHS)
 def summary_backward_tokens(
     g,
     chunk_log,
