@@ -6,7 +6,7 @@ The published composition (published.py) is timed too where fla-core is installe
 themselves for minutes, so it may be timed in a run of its own, beside the operator at the same shapes, that is added to the same files:
 
     PYTHONPATH=kernels python kernels/benchmarks/bench.py --without-published
-    PYTHONPATH=kernels python kernels/benchmarks/bench.py --published-only [--heads 32/8] [--lengths 8192,32768,131072]
+    PYTHONPATH=kernels python kernels/benchmarks/bench.py --published-only
 
 Milliseconds are medians between device events. `graph` replays a captured CUDA graph, `eager` includes what the host cannot hide.
 The floor is max(FLOP / matrix rate, bytes / copy rate) with both rates measured here:
@@ -233,16 +233,14 @@ def described(row: dict[str, Any], ours: dict[str, Any]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=pathlib.Path, default=pathlib.Path(__file__).parent / "results")
-    parser.add_argument("--lengths", help="2048,8192,32768,131072 unless told; from 8192 on with --published-only")
-    parser.add_argument("--heads", help="32/8,16/16 unless told; 32/8 with --published-only")
+    parser.add_argument("--lengths", default="2048,8192,32768,131072")
+    parser.add_argument("--heads", default="32/8,16/16", help="query heads / KV heads")
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--published-only", action="store_true", help="the published composition and the operator, added to the files")
     which.add_argument("--without-published", action="store_true")
     parser.add_argument("--jobs", type=int, default=min(16, os.cpu_count() or 1), help="processes that compile the published composition")
     arguments = parser.parse_args()
-    heads = arguments.heads or ("32/8" if arguments.published_only else "32/8,16/16")
-    layouts = [(int(q), int(kv)) for q, kv in (part.split("/") for part in heads.split(","))]
-    lengths = arguments.lengths or ("8192,32768,131072" if arguments.published_only else "2048,8192,32768,131072")
+    layouts = [(int(q), int(kv)) for q, kv in (part.split("/") for part in arguments.heads.split(","))]
     with_published = importlib.util.find_spec("fla") is not None and not arguments.without_published
     if arguments.published_only and not with_published:
         sys.exit("fla-core is not installed: pip install fla-core==0.6.0")
@@ -259,7 +257,7 @@ def main() -> None:
         print(f"published composition: compiled by {arguments.jobs} processes in {time.time() - began:.0f} s", flush=True)
 
     names = ["nha", "published"] if arguments.published_only else ["nha", "cudnn", "flash"] + ["published"] * with_published
-    result = measure(names, layouts, [int(length) for length in lengths.split(",")])
+    result = measure(names, layouts, [int(length) for length in arguments.lengths.split(",")])
     arguments.output.mkdir(parents=True, exist_ok=True)
     path = arguments.output / f"{result['device'].lower().replace(' ', '_')}.json"
     before = json.loads(path.read_text()) if path.exists() else {}
