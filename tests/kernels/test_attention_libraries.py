@@ -126,4 +126,4 @@ def test_windows_from_which_a_library_pays(packages: dict[str, str], widest_fuse
     assert not library_pays(WIDE._replace(window=0)) and not library_pays(WIDE._replace(window=widest_fused))
     assert library_pays(WIDE._replace(window=widest_fused + 1)) and library_pays(FULL)
     with prefer_library("torch-flash"):  # who asks for a library does not get another way
-        assert library_pays(WIDE._replace(window=64))
+        assert library_pays(WIDE._replace(window=64)) and not library_pays(WIDE._replace(window=0))

@@ -58,7 +58,7 @@ def test_kernels_compile(capability: int, sizes: tuple[int, int, int]) -> None:
     [
         ((128, 64, 0), torch.bfloat16, STACK_BYTES),
         ((128, 256, 0), torch.bfloat16, 2 * STACK_BYTES),  # four blocks of slots, unrolled, twice
-        ((256, 64, 64), torch.float32, 16 * STACK_BYTES),  # exact products of 256 channels: slow, and no head more at a time
+        ((256, 64, 64), torch.float32, 40 * STACK_BYTES),  # exact products of 256 channels: slow, and no head more at a time
     ],
 )
 def test_the_largest_tiles_compile(sizes: tuple[int, int, int], dtype: torch.dtype, stack_limit: int) -> None:

@@ -93,8 +93,8 @@ def refusal_of_sizes(dims: tuple[int, int], slots: int) -> str | None:
 
 
 def largest_group(q: Tensor, v: Tensor) -> int:
-    """Query heads of a KV head that the kernels take at a time; larger tiles exceed shared memory, or (float32, 256 channels) spill 70 kB a
-    thread. More run in parts."""
+    """Query heads of a KV head that the kernels take at a time; tiles of more exceed shared memory, or with 256 channels in float32 compile
+    for minutes. More run in parts."""
     wide = max(q.shape[3], v.shape[3]) > 128
     if q.dtype == torch.float32:
         return 1 if wide else 4

@@ -96,8 +96,10 @@ def choose_library(call: WindowCall) -> Choice:
 
 def library_pays(call: WindowCall) -> bool:
     """Whether the library that `choose_library` takes attends faster than the fused kernels do, or was asked for."""
-    if call.window is None or _preferred.get() is not None:
+    if call.window is None:
         return True
+    if _preferred.get() is not None:
+        return call.window > 0  # no library takes a window without tokens
     return call.window > min(_PAYS_ABOVE.values()) and call.window > _PAYS_ABOVE.get(choose_library(call).name, _OTHERS_PAY_ABOVE)
 
 
