@@ -1,7 +1,7 @@
 """Cases of check.py for the operator: what the launch configurations need, and what is known to be hard.
 
-Listed by hand: conventions, documents, memories, gates, head sizes and groups. Added by enumeration: one case for every choice of tiles
-and number of query heads (as a power of two) that dispatch can make and no case by hand has, with shapes drawn from a seed.
+Listed by hand: conventions, documents, memories, gates, head sizes and groups. Added by enumeration: one case for every choice of tiles,
+number of query heads (as a power of two), dtype and K = V that dispatch can make and no case by hand has, with shapes drawn from a seed.
 """
 
 import dataclasses
