@@ -145,9 +145,11 @@ def _check_operator(case: Case, seed: int) -> dict[str, Any]:
     exact = run(inputs, memory, options, "torch", torch.float64)
     errors = {name: relative_error(first[name], exact[name]) for name in first}
     outputs, gradients = TOLERANCES[dtype]
-    if 0 < (case.window or 0) < 16 and case.gates == "extreme" and dtype != torch.float32:
-        gradients = 1.5e-2  # slots that are alike and little else: <d_out, out> of a rounded output leaves up to 1.3e-2 of what remains
-    passed = deterministic and all(error <= (gradients if name.startswith("d") else outputs) for name, error in errors.items())
+    allowed = {name: gradients if name.startswith("d") else outputs for name in errors}
+    if case.window == 1 and case.gates == "extreme" and dtype != torch.float32:
+        # One row, read through slots that are all alike: <d_out, out> of a rounded output alone leaves up to 1.3e-2 of what remains.
+        allowed["dwindow_keys"] = 1.5e-2
+    passed = deterministic and all(error <= allowed[name] for name, error in errors.items())
     return {"passed": passed, "deterministic": deterministic, "errors": errors, "dispatch": explanation}
 
 

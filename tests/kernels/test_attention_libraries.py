@@ -54,6 +54,7 @@ def installed(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
         # The fastest that was measured on the device.
         (FULL, {"flash-attn": "2.8.3.post2"}, "cudnn"),
         (WIDE, {"flash-attn": "2.8.3.post2"}, "flash-attn"),
+        (WIDE._replace(head_dim=256), {"flash-attn": "2.8.3.post2"}, "torch-flash"),  # not checked with such heads
         (WIDE, {"flash-attn": "2.8.3.post2", "flash-attn-4": "4.0.0b36"}, "flash-attn-4"),
         (FULL, {"flash-attn-4": "4.0.0b36"}, "flash-attn-4"),
         (FULL._replace(head_dim=256), {"flash-attn-4": "4.0.0b36"}, "torch-flash"),

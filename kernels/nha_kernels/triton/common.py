@@ -19,7 +19,8 @@ import triton
 import triton.language as tl
 
 # Run-time arguments that follow from lengths. Triton would compile a kernel anew where one of them is 1 or a multiple of 16. T, the held
-# rows and W are left to it: with multiples of 16 tiles end where the sequence does, which saves registers, so there are two of each kernel.
+# rows, their sum E and W are left to it: where all are multiples of 16, as in training, tiles end where the sequence does, which saves
+# registers. So a kernel is compiled for such lengths and for others, not for each.
 LENGTHS = ["first_chunk", "num_chunks", "num_segments", "chunks_per_segment", "num_offsets", "short_segments", "long_chunks", "N"]
 
 LOG2_E = tl.constexpr(1.4426950408889634)

@@ -37,6 +37,7 @@ _NEWEST_FIRST = ("flash-attn-4", "flash-attn", "torch-flash", "cudnn")
 _MODULES = {"cudnn": "cudnn", "torch-flash": "flash", "flash-attn": "flash_package", "flash-attn-4": "flash_cute"}
 _FLASH_ATTN_VERSIONS = ("2.7.0", "3.0.0")  # from, up to: the entry points of 2.6 and of 3 take other arguments
 _FLASH_ATTN_4_VERSIONS = ("4.0.0b36", "4.1.0")  # from the one that was checked on
+_CHECKED_HEAD_DIMS = (64, 96, 128)  # of both packages
 
 _preferred: ContextVar[str | None] = ContextVar("preferred attention library", default=None)
 
@@ -131,6 +132,8 @@ def _refusal_of_torch_flash(call: WindowCall) -> str | None:
 def _refusal_of_flash_attn(call: WindowCall) -> str | None:
     if call.capability is None or call.capability < (8, 0):
         return "it runs on compute capability 8.0 and newer"
+    if call.head_dim not in _CHECKED_HEAD_DIMS:
+        return f"it was checked with heads of 64, 96 and 128 channels, given {call.head_dim}"
     return _refusal_of_package("flash-attn", _FLASH_ATTN_VERSIONS, "flash_attn.flash_attn_interface")
 
 
@@ -139,7 +142,7 @@ def _refusal_of_flash_attn_4(call: WindowCall) -> str | None:
         return "its backward runs on compute capability 9.0 and newer"
     if call.capability >= (12, 0):
         return "on compute capability 12 its backward is not deterministic when asked to be"
-    if call.head_dim not in (64, 96, 128):
+    if call.head_dim not in _CHECKED_HEAD_DIMS:
         return f"it was checked with heads of 64, 96 and 128 channels, given {call.head_dim}"
     reason = _refusal_of_package("flash-attn-4", _FLASH_ATTN_4_VERSIONS, "flash_attn.cute.interface")
     return reason or _missing_arguments_of_flash_attn_4()
