@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from nha_megatron.config import ConfigError, OneRankError, load_config
 from nha_megatron.config.inputs import require_inputs
-from nha_megatron.config.report import check_report
+from nha_megatron.estimate.report import check_report
 from nha_megatron.exit_status import COMPLETE, FAILED, GIVEN_UP, STOPPED, USER_ERROR, pass_on
 from nha_megatron.known_warnings import silence_known_warnings
 

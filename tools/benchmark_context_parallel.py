@@ -37,14 +37,14 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from nha_kernels import nha_attention
-from nha_megatron.attention.context_parallel_exchange import context_parallel_attention
-from nha_megatron.attention.full_attention_context_parallel import full_attention_over_ranks
 from nha_megatron.checkpoint.files import write_atomically
 from nha_megatron.config import ConfigError, ModelConfig, parse_windows
-from nha_megatron.config.arithmetic import context_parallel_bytes
 from nha_megatron.config.full_layers import choose_exchange, exchange_bytes
 from nha_megatron.engine.device import backend_for, choose_device
+from nha_megatron.estimate.arithmetic import context_parallel_bytes
 from nha_megatron.launch.versions import measurement_facts
+from nha_megatron.layers.nha.context_parallel.exchange import context_parallel_attention
+from nha_megatron.layers.nha.full.over_ranks import full_attention_over_ranks
 
 Tensors = tuple[Tensor, Tensor, Tensor, Tensor]
 CALLS_IN_TURN = 5  # the host queues them while the device sleeps
@@ -100,7 +100,7 @@ class Layer:
         return qkv, gate, out
 
     def project(self, hidden: Tensor, weights: tuple[Tensor, Tensor, Tensor], attend: Callable[[Tensors], Tensor]) -> Tensor:
-        """hidden [1, T, hidden_size] -> the same, as `nha_megatron/attention/layer.py`: keys and values are parts of one projection."""
+        """hidden [1, T, hidden_size] -> the same, as `nha_megatron/layers/nha/layer.py`: keys and values are parts of one projection."""
         qkv = F.linear(hidden, weights[0]).unflatten(-1, (self.kv_heads, -1, self.head_dim))
         q, k, v = qkv.split([self.heads // self.kv_heads, 1, 1], dim=-2)
         z = F.linear(hidden, weights[1]).float().unflatten(-1, (self.kv_heads, self.slots))

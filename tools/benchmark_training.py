@@ -43,11 +43,11 @@ import torch.distributed as dist
 from nha_megatron.checkpoint.files import write_atomically
 from nha_megatron.config import ConfigError, RunConfig, load_config
 from nha_megatron.config.load import with_overrides
-from nha_megatron.config.memory import estimate_memory
-from nha_megatron.config.sent_bytes import bytes_sent_per_layer
 from nha_megatron.data import Batch
 from nha_megatron.data.batch import make_batch
 from nha_megatron.engine.device import choose_device
+from nha_megatron.estimate.memory import estimate_memory
+from nha_megatron.estimate.traffic import bytes_sent_per_layer
 from nha_megatron.known_warnings import silence_known_warnings
 from nha_megatron.launch.versions import measurement_facts
 from nha_megatron.training.hardware import device_peak_flops, memory_high_water

@@ -26,9 +26,9 @@ from matplotlib import pyplot as plt
 from matplotlib.ticker import PercentFormatter, ScalarFormatter
 
 from nha_megatron.config import ConfigError, ModelConfig
-from nha_megatron.config.arithmetic import context_parallel_bytes
-from nha_megatron.config.context_parallel_cost import LayerCost, LayerRates, MeasuredTimes, full_layer_ms, nha_layer_cost
-from nha_megatron.config.network_cost import Gather, Link, Network
+from nha_megatron.estimate.arithmetic import context_parallel_bytes
+from nha_megatron.estimate.context_parallel_time import LayerCost, LayerRates, MeasuredTimes, full_layer_ms, nha_layer_cost
+from nha_megatron.estimate.network import Gather, Link, Network
 
 REPOSITORY = Path(__file__).parents[1]
 RESULTS = REPOSITORY / "kernels" / "benchmarks" / "results"

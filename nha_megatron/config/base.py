@@ -1,6 +1,8 @@
 """What all sections of a run configuration share: strict, closed, immutable."""
 
-from typing import Annotated, TypeVar
+from collections.abc import Mapping
+from functools import cached_property
+from typing import Annotated, Any, Self, TypeVar
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
@@ -43,3 +45,19 @@ class Section(BaseModel):
     model_config = ConfigDict(
         extra="forbid", frozen=True, strict=True, allow_inf_nan=False, use_attribute_docstrings=True, protected_namespaces=()
     )
+
+    def __eq__(self, other: object) -> bool:
+        """By fields alone: what was computed from them may refer to the object itself."""
+        if not isinstance(other, Section) or type(self) is not type(other):
+            return NotImplemented
+        return self._values() == other._values()
+
+    def _values(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in type(self).model_fields} | (self.model_extra or {})
+
+    def model_copy(self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> Self:
+        """A copy with other values, not validated. What was computed from the old values is left out."""
+        copied = super().model_copy(update=update, deep=deep)
+        for name in [name for name in copied.__dict__ if isinstance(getattr(type(self), name, None), cached_property)]:
+            del copied.__dict__[name]
+        return copied

@@ -6,16 +6,15 @@ message can list every problem of a file.
 
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from .deepspeed import settings_without_engine
+from .data import DataConfig
+from .engines import settings_without_engine
 from .gradient_fusion import fusion_problems
-
-if TYPE_CHECKING:
-    from .data import DataConfig
-    from .model import ModelConfig
-    from .parallel import ParallelConfig
-    from .run import OptimizerConfig, TrainingConfig
+from .model import ModelConfig
+from .optimizer import OptimizerConfig
+from .parallel import ParallelConfig
+from .training import TrainingConfig
 
 Check = Callable[..., Iterator[str]]
 
@@ -50,7 +49,7 @@ def problems(sections: Mapping[str, Any]) -> list[str]:
     )
 
 
-def _tensor_sizes(model: "ModelConfig", parallel: "ParallelConfig") -> Iterator[str]:
+def _tensor_sizes(model: ModelConfig, parallel: ParallelConfig) -> Iterator[str]:
     sizes = {
         "model.num_kv_heads": model.num_kv_heads,
         "model.ffn_hidden_size": model.ffn_hidden_size,
@@ -61,14 +60,14 @@ def _tensor_sizes(model: "ModelConfig", parallel: "ParallelConfig") -> Iterator[
             yield f"{name} {size} is not a multiple of parallel.tensor {parallel.tensor}, which splits it; change one of them"
 
 
-def _sequence_sizes(data: "DataConfig", parallel: "ParallelConfig") -> Iterator[str]:
+def _sequence_sizes(data: DataConfig, parallel: ParallelConfig) -> Iterator[str]:
     parts = parallel.context * (parallel.tensor if parallel.sequence else 1)
     if data.sequence_length % parts:
         why = f"parallel.context {parallel.context}" + (f" x parallel.tensor {parallel.tensor}" if parallel.sequence else "")
         yield f"data.sequence_length {data.sequence_length} is not a multiple of {why}; change one of them"
 
 
-def _full_layer_heads(model: "ModelConfig", parallel: "ParallelConfig") -> Iterator[str]:
+def _full_layer_heads(model: ModelConfig, parallel: ParallelConfig) -> Iterator[str]:
     heads = model.num_heads // parallel.tensor
     if parallel.cp_comm_type == "a2a" and None in model.windows and heads % parallel.context:
         yield (
@@ -78,7 +77,7 @@ def _full_layer_heads(model: "ModelConfig", parallel: "ParallelConfig") -> Itera
         )
 
 
-def _pipeline_sizes(model: "ModelConfig", parallel: "ParallelConfig") -> Iterator[str]:
+def _pipeline_sizes(model: ModelConfig, parallel: ParallelConfig) -> Iterator[str]:
     chunks = parallel.pipeline * (parallel.virtual_pipeline or 1)
     if model.num_layers % chunks:
         why = f"parallel.pipeline {parallel.pipeline}"
@@ -90,7 +89,7 @@ def _pipeline_sizes(model: "ModelConfig", parallel: "ParallelConfig") -> Iterato
         yield "parallel.sequence is true, but parallel.tensor is 1: nothing to split; set it to false or use several tensor ranks"
 
 
-def _recomputed_layers(model: "ModelConfig", parallel: "ParallelConfig", training: "TrainingConfig") -> Iterator[str]:
+def _recomputed_layers(model: ModelConfig, parallel: ParallelConfig, training: TrainingConfig) -> Iterator[str]:
     count, chunks = training.recompute_layers, parallel.pipeline * (parallel.virtual_pipeline or 1)
     if count is None:
         return
@@ -103,7 +102,7 @@ def _recomputed_layers(model: "ModelConfig", parallel: "ParallelConfig", trainin
         )
 
 
-def _batch_sizes(training: "TrainingConfig") -> Iterator[str]:
+def _batch_sizes(training: TrainingConfig) -> Iterator[str]:
     if training.global_batch_size % training.micro_batch_size:
         yield (
             f"training.global_batch_size {training.global_batch_size} is not a multiple of training.micro_batch_size "
@@ -111,7 +110,7 @@ def _batch_sizes(training: "TrainingConfig") -> Iterator[str]:
         )
 
 
-def _batch_tokens(data: "DataConfig", training: "TrainingConfig") -> Iterator[str]:
+def _batch_tokens(data: DataConfig, training: TrainingConfig) -> Iterator[str]:
     tokens = training.micro_batch_size * data.sequence_length
     if tokens >= 2**31:
         yield (
@@ -120,19 +119,19 @@ def _batch_tokens(data: "DataConfig", training: "TrainingConfig") -> Iterator[st
         )
 
 
-def _schedule_sizes(training: "TrainingConfig", optimizer: "OptimizerConfig") -> Iterator[str]:
+def _schedule_sizes(training: TrainingConfig, optimizer: OptimizerConfig) -> Iterator[str]:
     used = optimizer.warmup_steps + (optimizer.decay_steps or 0)
     if used > training.steps:
         what = "optimizer.warmup_steps" + (" + optimizer.decay_steps" if optimizer.decay_steps else "")
         yield f"{what} is {used}, more than training.steps {training.steps}; shorten the schedule or train longer"
 
 
-def _validation(data: "DataConfig", training: "TrainingConfig") -> Iterator[str]:
+def _validation(data: DataConfig, training: TrainingConfig) -> Iterator[str]:
     if training.validate_every is not None and data.validation is None:
         yield "training.validate_every is given, but data.validation is not; name the validation token files or remove validate_every"
 
 
-def world_problems(training: "TrainingConfig", parallel: "ParallelConfig", data_size: int) -> list[str]:
+def world_problems(training: TrainingConfig, parallel: ParallelConfig, data_size: int) -> list[str]:
     """What a data-parallel size does not fit: the batch, and the interleaved schedule's count of micro batches."""
     found = []
     per_pass = training.micro_batch_size * data_size

@@ -1,21 +1,17 @@
-"""`training.deepspeed`: what the DeepSpeed engine is told besides what the run's own sections say, and what it cannot do.
+"""`training.deepspeed`: what the DeepSpeed engine is told besides what the run's own sections say.
 
 Written as DeepSpeed's own JSON, inline in the YAML or as the path of a JSON file (configs/deepspeed/), and kept inline in the resolved
 configuration. Only what distributes the state is said here; batch sizes, precision, optimizer and clipping have their sections.
 """
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
 from .base import Positive, Section
-
-if TYPE_CHECKING:
-    from .parallel import ParallelConfig
-    from .run import TrainingConfig
 
 
 def _whole(value: object) -> object:
@@ -134,35 +130,3 @@ def _read_file(value: object) -> object:
 
 
 DeepSpeedSettings = Annotated[DeepSpeedConfig, BeforeValidator(_read_file)]
-ZERO_1 = DeepSpeedConfig(zero_optimization=ZeroConfig(stage=1))
-
-
-def zero_settings(training: "TrainingConfig") -> ZeroConfig | None:
-    """What ZeRO does in the run: None under the Megatron engine, stage 1 where nothing is said."""
-    if training.engine != "deepspeed":
-        return None
-    return (training.deepspeed or ZERO_1).zero_optimization
-
-
-def settings_without_engine(training: "TrainingConfig") -> Iterator[str]:
-    """Refuses settings of DeepSpeed that the run would not use."""
-    if training.engine != "deepspeed" and training.deepspeed is not None:
-        yield "training.deepspeed is given, but training.engine is megatron; remove it or set training.engine to deepspeed"
-
-
-def no_pipeline(training: "TrainingConfig", parallel: "ParallelConfig") -> Iterator[str]:
-    """Refuses pipeline parallelism under the DeepSpeed engine."""
-    if training.engine == "deepspeed" and parallel.pipeline > 1:
-        yield (
-            f"training.engine deepspeed with parallel.pipeline {parallel.pipeline}; not supported yet, because the "
-            "pipeline schedules are Megatron's: use training.engine megatron, or parallel.pipeline 1 with ZeRO stage 3"
-        )
-
-
-def no_new_model(training: "TrainingConfig") -> Iterator[str]:
-    """Refuses stages that build the model anew under the DeepSpeed engine."""
-    if training.engine == "deepspeed" and any(stage.context or stage.recompute for stage in training.stages or []):
-        yield (
-            "training.stages with context or recompute under training.engine deepspeed; not supported yet, because they build the model "
-            "anew within a run: use training.engine megatron, or change parallel.context between two starts of the run"
-        )

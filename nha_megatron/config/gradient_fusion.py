@@ -6,16 +6,14 @@ NVIDIA Apex. Embedding, norms and the output matrix (whose gradient the chunked 
 
 from collections.abc import Iterator
 from importlib.util import find_spec
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from .run import TrainingConfig
+from .training import TrainingConfig
 
 EXTENSION = "fused_weight_gradient_mlp_cuda"
 HOW_TO_INSTALL = "build NVIDIA Apex with its C++ and CUDA extensions, or set training.gradient_accumulation_fusion=auto"
 
 
-def fusion_problems(training: "TrainingConfig") -> Iterator[str]:
+def fusion_problems(training: TrainingConfig) -> Iterator[str]:
     """Refuses fusion where it is asked for and nothing could do it."""
     if training.gradient_accumulation_fusion is not True:
         return
@@ -31,14 +29,14 @@ def fusion_problems(training: "TrainingConfig") -> Iterator[str]:
         )
 
 
-def missing_extension(training: "TrainingConfig") -> str | None:
+def missing_extension(training: TrainingConfig) -> str | None:
     """What to install, when fusion is asked for and the extension is not here."""
     if training.gradient_accumulation_fusion is True and find_spec(EXTENSION) is None:
         return f"training.gradient_accumulation_fusion true: the extension {EXTENSION} is not installed; {HOW_TO_INSTALL}"
     return None
 
 
-def expectation(training: "TrainingConfig") -> str:
+def expectation(training: TrainingConfig) -> str:
     """What a run on this host would do, for people; whether the extension can be loaded shows when it starts."""
     if training.gradient_accumulation_fusion is False:
         return "off, by training.gradient_accumulation_fusion"

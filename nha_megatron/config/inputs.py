@@ -6,7 +6,6 @@ from pathlib import Path
 from .errors import ConfigError, problems_message
 from .gradient_fusion import missing_extension
 from .run import RunConfig
-from .stage_plan import plan_stages
 
 TOKEN_FILE_SUFFIXES = (".bin", ".idx", ".json")
 
@@ -15,7 +14,7 @@ def missing_inputs(config: RunConfig) -> list[str]:
     """One message for each file or directory that the configuration names and that is not there."""
     missing = []
     blends = {"data.path": config.data.training_blend, "data.validation": config.data.validation_blend}
-    for index, (change, stage) in enumerate(zip(config.training.stages or [], plan_stages(config)[1:], strict=True)):
+    for index, (change, stage) in enumerate(zip(config.training.stages or [], config.stages[1:], strict=True)):
         if change.path is not None:
             blends[f"training.stages.{index}.path"] = stage.config.data.training_blend
     for key, blend in blends.items():

@@ -4,7 +4,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from . import arithmetic
+from nha_megatron.estimate import arithmetic
+
 from .base import NonNegativeReal, PathString, Positive, PositiveReal, Section
 from .errors import ConfigError, raise_problems
 from .rope import inverse_frequencies, rope_problems

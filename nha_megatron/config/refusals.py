@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from .consistency import Check, run_checks
-from .deepspeed import no_new_model, no_pipeline
+from .engines import no_new_model, no_pipeline
 
 
 def problems(sections: Mapping[str, Any]) -> list[str]:

@@ -1,133 +1,23 @@
 """The whole configuration of a run, and the checks that need more than one section."""
 
+from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
 from . import consistency, refusals
-from .base import NonNegative, NonNegativeReal, Pair, PathString, Positive, PositiveReal, Section
+from .base import Section
+from .checkpoint import CheckpointConfig
 from .data import DataConfig
-from .deepspeed import DeepSpeedSettings
 from .errors import ConfigError, problems_message, raise_problems
 from .full_layers import Exchange, choose_exchange
 from .guards import GuardsConfig
+from .logging import LoggingConfig
 from .model import ModelConfig
+from .optimizer import OptimizerConfig
 from .parallel import ParallelConfig
-from .stage_plan import plan_stages, stage_problems
-from .stages import StageConfig
-
-Beta = Annotated[float, Field(ge=0, lt=1)]
-
-
-class TrainingConfig(Section):
-    """The loop: how long, in what batches, in what precision, on what."""
-
-    steps: Positive
-    """Optimizer steps of the whole run, over all stages."""
-    micro_batch_size: Positive
-    """Samples that one rank runs through the model at once."""
-    global_batch_size: Positive
-    """Samples of one optimizer step, over all ranks."""
-    stages: Annotated[list[StageConfig], Field(min_length=1)] | None = None
-    """Changes of context length, batch size, data or schedule during the run, each from a token offset on; null: none."""
-    precision: Literal["fp32", "bf16"] = "fp32"
-    """Of weights and activations; gradients, optimizer state, softmax and slots are fp32 in both."""
-    recompute: Literal["none", "selective", "full"] = "none"
-    """What the backward computes again instead of keeping: nothing, the attention operator, or whole layers."""
-    recompute_layers: Positive | None = None
-    """With recompute full: how many layers are recomputed, the first ones of every pipeline stage (of every model chunk when interleaved);
-    null: all. The others keep what their backward needs."""
-    gradient_accumulation_fusion: Literal["auto", True, False] = "auto"
-    """Add weight gradients to the fp32 gradient inside the matrix product: on CUDA, with an extension of NVIDIA Apex. auto: where it is
-    installed."""
-    engine: Literal["megatron", "deepspeed"] = "megatron"
-    """Who owns the optimizer, gradient reduction and precision."""
-    deepspeed: DeepSpeedSettings | None = None
-    """For engine deepspeed: DeepSpeed's `zero_optimization`, or the path of a JSON file that holds it; null: ZeRO stage 1."""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    """auto: CUDA where there is one."""
-    seed: NonNegative = 0
-    """Seed of the initial weights."""
-    stall_seconds: Positive = 600
-    """Longest time that one phase of a step (data, update, validation, checkpoint) may take: a run that stands still longer ends, and
-    the rank that it waits for is named."""
-    validate_every: Positive | None = None
-    """Steps between validations; null: never."""
-    validate_batches: Positive = 8
-    """Global batches of one validation."""
-
-
-class OptimizerConfig(Section):
-    """AdamW and the learning-rate schedule."""
-
-    lr: PositiveReal
-    """Highest learning rate."""
-    min_lr: NonNegativeReal = 0.0
-    """Learning rate at the end of a decay."""
-    betas: Pair[Beta] = (0.9, 0.95)
-    """Decay of the first and second moment."""
-    eps: PositiveReal = 1e-8
-    """Added to the root of the second moment."""
-    weight_decay: NonNegativeReal = 0.1
-    """Decoupled decay of matrices; norms and biases are not decayed."""
-    clip_grad: NonNegativeReal = 1.0
-    """Largest norm of the whole gradient; 0: no clipping."""
-    schedule: Literal["cosine", "wsd", "constant"] = "cosine"
-    """After the warm-up: cosine to min_lr, constant then a final decay (wsd), or constant."""
-    warmup_steps: NonNegative = 0
-    """Steps of linear warm-up from 0."""
-    decay_steps: Positive | None = None
-    """wsd only: steps of the final decay."""
-
-    @model_validator(mode="after")
-    def _consistent(self) -> "OptimizerConfig":
-        problems = []
-        if self.min_lr > self.lr:
-            problems.append(f"min_lr {self.min_lr} is greater than lr {self.lr}; lower min_lr")
-        if self.schedule == "constant" and self.min_lr > 0:
-            problems.append(f"min_lr {self.min_lr} is given, but schedule constant never decays; remove it or use cosine or wsd")
-        if self.schedule == "wsd" and self.decay_steps is None:
-            problems.append("schedule wsd needs decay_steps, the length of the final decay in steps")
-        if self.schedule != "wsd" and self.decay_steps is not None:
-            problems.append(f"decay_steps is given, but only schedule wsd reads it, and schedule is {self.schedule}; remove it or use wsd")
-        raise_problems(problems)
-        return self
-
-
-class CheckpointConfig(Section):
-    """When and where the run is saved."""
-
-    path: PathString | None = None
-    """Directory of the checkpoints; null: `checkpoints` inside logging.directory."""
-    every: Positive = 1000
-    """Steps between checkpoints; the end of the run is always saved."""
-    keep: Positive = 2
-    """Newest checkpoints that stay on disk."""
-    asynchronous: bool = False
-    """Train on while a checkpoint is written, from a copy of the state in host memory. The last one of a run is waited for in any case."""
-    attempts: Positive = 3
-    """Saves in a row that must fail to end the run; a failure before is reported, and training goes on. 1: the first failure ends it."""
-    resume: bool = True
-    """Continue from the newest complete checkpoint of the directory when there is one."""
-    other_data: Literal["refuse", "accept"] = "refuse"
-    """A checkpoint whose run read other token files, or in other shares, in the stages that have begun: refuse it, or continue at the same
-    position in the new ones. Token files that were moved are not others."""
-
-
-class LoggingConfig(Section):
-    """What the run writes about itself."""
-
-    directory: PathString
-    """Folder of the run."""
-    every: Positive = 1
-    """Steps between lines on the console, in TensorBoard and in wandb; metrics.jsonl has every step."""
-    tensorboard: bool = True
-    """Write TensorBoard files."""
-    wandb: bool = False
-    """Report to Weights & Biases."""
-    layer_statistics: Positive | None = None
-    """Steps between records of slot share, decay and write strength of every layer; null: never."""
+from .stage_plan import Stage, group_into_phases, plan_stages
+from .training import TrainingConfig
 
 
 class RunConfig(Section):
@@ -145,8 +35,23 @@ class RunConfig(Section):
     @model_validator(mode="after")
     def _consistent(self) -> "RunConfig":
         sections = {name: getattr(self, name) for name in type(self).model_fields}
-        raise_problems([*consistency.problems(sections), *refusals.problems(sections)] or stage_problems(self))
+        raise_problems([*consistency.problems(sections), *refusals.problems(sections)])
+        _ = self.stages  # a stage that does not fit is refused here
         return self
+
+    @cached_property
+    def stages(self) -> tuple["Stage[RunConfig]", ...]:
+        """The training stages in their order; a run without `training.stages` is one stage."""
+        return plan_stages(self)
+
+    @cached_property
+    def phases(self) -> tuple[tuple["Stage[RunConfig]", ...], ...]:
+        """The stages, grouped into runs of neighbours that one built model serves: same parallel sizes, same recomputation."""
+        return group_into_phases(self.stages)
+
+    def stage_at(self, step: int) -> "Stage[RunConfig]":
+        """The stage whose values a run has that has done `step` steps: the one of its last step."""
+        return next(stage for stage in self.stages if step <= stage.last_step or stage.last_step == self.training.steps)
 
     @property
     def checkpoint_directory(self) -> Path:
@@ -167,7 +72,7 @@ class RunConfig(Section):
     def check_world(self, world_size: int) -> int:
         """Data-parallel size in a world of that many ranks. Raises `ConfigError` when the world does not fit."""
         problems = []
-        for stage in plan_stages(self):
+        for stage in self.stages:
             parallel = stage.config.parallel
             found = consistency.world_problems(stage.config.training, parallel, parallel.data(world_size))
             problems += found if stage.number == 1 else [f"training.stages.{stage.number - 2}: {problem}" for problem in found]

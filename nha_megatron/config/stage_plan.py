@@ -1,25 +1,43 @@
 """The configuration of each stage of a run, and when it holds."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import groupby
-from typing import TYPE_CHECKING, Any
+from typing import Any, Generic, Protocol, Self, TypeVar
 
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
+from .data import DataConfig
+from .errors import raise_problems
 from .messages import validation_messages
+from .parallel import ParallelConfig
 from .stages import first_steps
+from .training import TrainingConfig
 
-if TYPE_CHECKING:
-    from .run import RunConfig
+
+class Sections(Protocol):
+    """What a configuration has that is cut into stages: `RunConfig`, which asks this module."""
+
+    data: DataConfig
+    parallel: ParallelConfig
+    training: TrainingConfig
+
+    def model_dump(self, *, mode: str) -> dict[str, Any]: ...
+
+    @classmethod
+    def model_validate(cls, obj: Any) -> Self: ...
+
+
+Config = TypeVar("Config", bound=Sections)
 
 
 @dataclass(frozen=True)
-class Stage:
-    """One stage. Steps are optimizer steps of the whole run, counted from 1; its first is `steps_before + 1`."""
+class Stage(Generic[Config]):
+    """One training stage. Steps are optimizer steps of the whole run, counted from 1; its first is `steps_before + 1`."""
 
     number: int
     """From 1."""
-    config: "RunConfig"
+    config: Config
     """The run with this stage's values, without stages; `training.steps` is the length of the schedule it takes part in."""
     steps_before: int
     steps: int
@@ -45,32 +63,14 @@ class Stage:
         return self.tokens_before + (step - self.steps_before) * self.tokens_per_step
 
 
-def plan_stages(config: "RunConfig") -> tuple[Stage, ...]:
-    """The stages of a valid run in their order; a run without `training.stages` is one stage."""
-    plan = _plan(config)
-    assert not isinstance(plan, list), plan
-    return plan
+def group_into_phases(stages: Iterable[Stage[Config]]) -> tuple[tuple[Stage[Config], ...], ...]:
+    """Runs of neighbours with the same parallel sizes and recomputation."""
+    groups = groupby(stages, key=lambda stage: (stage.config.parallel, stage.config.training.recompute))
+    return tuple(tuple(phase) for _, phase in groups)
 
 
-def plan_phases(config: "RunConfig") -> tuple[tuple[Stage, ...], ...]:
-    """The stages, grouped into runs of neighbours that one built model serves: same parallel sizes, same recomputation."""
-    groups = groupby(plan_stages(config), key=lambda stage: (stage.config.parallel, stage.config.training.recompute))
-    return tuple(tuple(stages) for _, stages in groups)
-
-
-def stage_at(config: "RunConfig", step: int) -> Stage:
-    """The stage whose values a run has that has done `step` steps: the one of its last step."""
-    return next(stage for stage in plan_stages(config) if step <= stage.last_step or stage.last_step == config.training.steps)
-
-
-def stage_problems(config: "RunConfig") -> list[str]:
-    """Everything that is wrong with the stages of a run whose sections are valid by themselves."""
-    plan = _plan(config)
-    return plan if isinstance(plan, list) else []
-
-
-def _plan(config: "RunConfig") -> tuple[Stage, ...] | list[str]:
-    """The stages, or what is wrong with them."""
+def plan_stages(config: Config) -> tuple[Stage[Config], ...]:
+    """The stages of a run whose sections are valid by themselves. Raises `ConfigError` with everything that is wrong with them."""
     entries = config.training.stages or []
     if not entries:
         return (Stage(1, config, 0, config.training.steps, 0, 0),)
@@ -79,31 +79,32 @@ def _plan(config: "RunConfig") -> tuple[Stage, ...] | list[str]:
         [entry.from_tokens for entry in entries],
         [value["data"]["sequence_length"] * value["training"]["global_batch_size"] for value in values],
     )
-    problems = _order_problems(config, begins)
-    if problems:
-        return problems
+    raise_problems(_order_problems(config, begins))
 
     ends = [step for step, _ in begins[1:]] + [config.training.steps]
+    schema = type(config)
+    assert issubclass(schema, BaseModel)
     # A schedule lasts from the stage that brings it to the next that brings one.
     bringing = [0] + [number for number, entry in enumerate(entries, 1) if entry.optimizer is not None]
-    stages = []
+    stages, problems = [], []
     for index, (step, token) in enumerate(begins):
         brought = max(number for number in bringing if number <= index)
         schedule_end = min((begins[number][0] for number in bringing if number > index), default=config.training.steps)
         values[index]["training"]["steps"] = schedule_end - begins[brought][0]
         try:
-            valid = type(config).model_validate(values[index])
+            valid = schema.model_validate(values[index])
         except ValidationError as error:
             where = f"training.stages.{index - 1}" if index else "before training.stages.0"
             # In a stage's own values training.steps is the length of its schedule.
-            messages = [message.replace("training.steps", "its schedule's steps") for message in validation_messages(error, type(config))]
+            messages = [message.replace("training.steps", "its schedule's steps") for message in validation_messages(error, schema)]
             problems += [f"{where}: {message}" for message in messages]
             continue
         stages.append(Stage(index + 1, valid, step, ends[index] - step, token, begins[brought][0]))
-    return problems or tuple(stages)
+    raise_problems(problems)
+    return tuple(stages)
 
 
-def _values_of_stages(config: "RunConfig") -> list[dict[str, Any]]:
+def _values_of_stages(config: Sections) -> list[dict[str, Any]]:
     """Plain values of every stage, each with the changes of all before it."""
     plain = config.model_dump(mode="json")
     plain["training"]["stages"] = None
@@ -117,7 +118,7 @@ def _values_of_stages(config: "RunConfig") -> list[dict[str, Any]]:
     return [{name: dict(section) for name, section in value.items()} for value in values]
 
 
-def _order_problems(config: "RunConfig", begins: list[tuple[int, int]]) -> list[str]:
+def _order_problems(config: Sections, begins: list[tuple[int, int]]) -> list[str]:
     """Offsets that do not ascend, stages without a step, stages after the end of the run."""
     problems = []
     entries = config.training.stages or []

@@ -6,7 +6,6 @@ from itertools import zip_longest
 from typing import Any
 
 from nha_megatron.config import RunConfig
-from nha_megatron.config.stage_plan import plan_stages
 from nha_megatron.data.token_files import Manifest, paths_of
 
 
@@ -16,7 +15,7 @@ def data_identity(config: RunConfig) -> dict[str, Any]:
     A corpus is known by the checksums of its tokens and boundaries, so that it may be moved, and by its share of the blend; its path is
     for people. Reads manifests only. Raises `ConfigError` when one is missing or damaged.
     """
-    return {"stages": [[*_corpora(stage.config)] for stage in plan_stages(config)]}
+    return {"stages": [[*_corpora(stage.config)] for stage in config.stages]}
 
 
 def _corpora(config: RunConfig) -> list[dict[str, Any]]:

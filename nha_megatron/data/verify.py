@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 from nha_megatron.config import ConfigError, RunConfig
-from nha_megatron.config.stage_plan import plan_stages
 from nha_megatron.data.checksum import SAMPLED_BYTES, file_sha256, sampled_sha256
 from nha_megatron.data.token_files import FileRecord, Manifest, paths_of
 
@@ -30,7 +29,7 @@ def verify_data(config: RunConfig) -> list[CheckedFile]:
     A file whose manifest has no sampled checksum (made by an earlier version) is read in full where it is small, and known by its size
     where it is not. Raises `ConfigError` that names every file that is not what its manifest says.
     """
-    blends = [config.data.validation_blend, *(stage.config.data.training_blend for stage in plan_stages(config))]
+    blends = [config.data.validation_blend, *(stage.config.data.training_blend for stage in config.stages)]
     jobs: list[tuple[Path, FileRecord]] = []
     for prefix in dict.fromkeys(entry.path for blend in blends for entry in blend):
         bin_path, idx_path, json_path = paths_of(prefix)

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import nn
 
 from nha_megatron.config import ConfigError
-from nha_megatron.config.deepspeed import zero_settings
+from nha_megatron.config.engines import zero_settings
 from nha_megatron.engine.layout import Layout
 from nha_megatron.model.build import build_model
 from nha_megatron.model.initialize import initial_shard

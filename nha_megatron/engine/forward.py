@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from nha_megatron.attention.documents import Documents
+from nha_megatron.layers.documents import Documents
 
 if TYPE_CHECKING:
     from nha_megatron.data import Batch

@@ -11,7 +11,7 @@ from nha_megatron.config import ConfigError
 from nha_megatron.config.gradient_fusion import EXTENSION, HOW_TO_INSTALL
 
 if TYPE_CHECKING:
-    from nha_megatron.config.run import TrainingConfig
+    from nha_megatron.config.training import TrainingConfig
 
 
 def choose_gradient_fusion(training: TrainingConfig, device: torch.device) -> tuple[bool, str]:

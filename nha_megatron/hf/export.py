@@ -10,7 +10,6 @@ from tokenizers import Tokenizer
 
 from nha_megatron.checkpoint import load_weights_full, read_manifest, resolve
 from nha_megatron.config import ConfigError, parse_config
-from nha_megatron.config.stage_plan import stage_at
 from nha_megatron.data.tokenizer import load_tokenizer
 from nha_megatron.hf.configs import to_hf_config
 from nha_megatron.hf.directory import MAX_SHARD_BYTES, require_writable, write_directory
@@ -52,7 +51,7 @@ def export_to_hf(
     tokenizer_directory = Path(source) if with_tokenizer and source is not None else None
     tokens = {} if tokenizer_directory is None else special_tokens(tokenizer_directory, config.model.vocab_size)
     written = DTYPES[dtype or config.training.precision]
-    stage = stage_at(config, manifest.step)  # a run in stages: the length that it has come to
+    stage = config.stage_at(manifest.step)  # a run in stages: the length that it has come to
     hf_config = to_hf_config(config.model, sequence_length=stage.config.data.sequence_length, dtype=written, tokens=tokens)
     weights = to_hf(load_weights_full(directory), config.model)
     write_directory(

@@ -12,8 +12,8 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules, get_transformer_layer_offset
 
-from nha_megatron.attention.layer import NativeHybridAttention, NativeHybridAttentionSubmodules
-from nha_megatron.attention.norms import RMSNorm
+from nha_megatron.layers.nha.layer import NativeHybridAttention, NativeHybridAttentionSubmodules
+from nha_megatron.layers.norms import RMSNorm
 from nha_megatron.model.compat import mlp_spec
 
 if TYPE_CHECKING:

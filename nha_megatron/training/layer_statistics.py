@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from nha_megatron.attention.layer import NativeHybridAttention
+from nha_megatron.layers.nha.layer import NativeHybridAttention
 
 NAMES = ("slot_share", "mean_decay", "write_strength")
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from nha_megatron.checkpoint import CheckpointSaver, Progress
 from nha_megatron.config import ConfigError, RunConfig
-from nha_megatron.config.stage_plan import Stage, plan_stages
+from nha_megatron.config.stage_plan import Stage
 from nha_megatron.engine.base import Engine
 from nha_megatron.engine.layout import Layout
 from nha_megatron.training import layer_statistics
@@ -67,7 +67,7 @@ def train(
     total = config.training.steps
     guard = LossGuard(config.guards, progress.guards)
     owed = False  # a checkpoint was due after a skipped step
-    stages = plan_stages(config)
+    stages = config.stages
     clock = WorkClock(list(modules_without_collectives(engine.model_chunks, layout, config)), layout.device)
     ranks = RankReports(layout, config.guards.slow_rank_ratio)
     with StopRequest() as stop:

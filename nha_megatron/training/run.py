@@ -31,8 +31,7 @@ from nha_megatron.checkpoint import (
 from nha_megatron.checkpoint.collective import on_rank_zero
 from nha_megatron.checkpoint.files import published_steps, step_directory, step_of, write_atomically
 from nha_megatron.config import RunConfig, save_resolved
-from nha_megatron.config.deepspeed import zero_settings
-from nha_megatron.config.stage_plan import plan_phases
+from nha_megatron.config.engines import zero_settings
 from nha_megatron.data.identity import data_identity
 from nha_megatron.data.verify import CheckedFile
 from nha_megatron.engine.base import Engine
@@ -56,7 +55,7 @@ def pretrain(config: RunConfig) -> signal.Signals | None:
     mistake and `TrainingError` when the numbers fail.
     """
     joined_here = not dist.is_initialized()
-    phases = plan_phases(config)
+    phases = config.phases
     layout = create_layout(phases[0][0].config, choose_device(config.training.device))
     say = print if layout.rank == 0 else _ignore
     config.check_world(layout.world_size)

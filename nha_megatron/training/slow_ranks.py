@@ -22,7 +22,7 @@ from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import nn
 
 from nha_megatron.config import RunConfig
-from nha_megatron.config.deepspeed import zero_settings
+from nha_megatron.config.engines import zero_settings
 from nha_megatron.engine.layout import Layout
 from nha_megatron.training.hardware import memory_high_water
 

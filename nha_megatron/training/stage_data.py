@@ -9,7 +9,7 @@ The position in the data follows from the step alone, so a run resumes inside an
 from __future__ import annotations
 
 from nha_megatron.config import ConfigError, RunConfig
-from nha_megatron.config.stage_plan import Stage, plan_stages
+from nha_megatron.config.stage_plan import Stage
 from nha_megatron.data import Batch, BatchReader, SampleOrder, open_samples
 from nha_megatron.engine.layout import Layout
 
@@ -29,7 +29,7 @@ class StageData:
         self._validation: BatchReader | None = None
         self.stage: Stage | None = None
         end_of_text, tokenizer = None, None
-        for stage in plan_stages(config):
+        for stage in config.stages:
             data, vocabulary = stage.config.data, config.model.vocab_size
             training = open_samples(data, "train", end_of_text, vocabulary, stage.number)
             end_of_text = training.end_of_text

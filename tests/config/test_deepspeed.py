@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from nha_megatron.config import ConfigError, dump_config, load_config
-from nha_megatron.config.deepspeed import zero_settings
+from nha_megatron.config.engines import zero_settings
 from nha_megatron.config.inputs import missing_inputs
 from tests.config.cases import BASE, run
 

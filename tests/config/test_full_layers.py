@@ -3,7 +3,7 @@
 import pytest
 
 from nha_megatron.config import ConfigError
-from nha_megatron.config.report import check_report
+from nha_megatron.estimate.report import check_report
 from tests.config.cases import run
 
 HYBRID = {"window": "16*3,full"}  # 4 query heads, 2 KV heads

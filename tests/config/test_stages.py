@@ -9,9 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nha_megatron.config import ConfigError, parse_config
-from nha_megatron.config.report import check_report
-from nha_megatron.config.stage_plan import plan_phases, plan_stages, stage_at
 from nha_megatron.config.stages import begun_stages, first_steps
+from nha_megatron.estimate.report import check_report
 from tests.config.cases import run
 
 # The small run takes 8 x 128 = 1024 tokens a step, for 10 steps.
@@ -52,7 +51,7 @@ def test_the_plan_is_what_counting_step_by_step_gives(entries: list[tuple[int, i
     except ConfigError as error:
         assert "it would have no step" in str(error)
         return
-    plan = plan_stages(config)
+    plan = config.stages
     tokens = 0
     for step in range(1, 61):
         # The stage of a step: the last one whose offset has been reached when it starts.
@@ -67,14 +66,14 @@ def test_the_plan_is_what_counting_step_by_step_gives(entries: list[tuple[int, i
 
 def test_a_run_without_stages_is_one_stage() -> None:
     config = run()
-    (stage,) = plan_stages(config)
+    (stage,) = config.stages
     assert stage.config is config and (stage.steps_before, stage.steps, stage.tokens_after) == (0, 10, 10 * STEP)
 
 
 def test_the_stage_of_a_run_that_has_done_some_steps() -> None:
     config = staged({"from_tokens": 2 * STEP, "sequence_length": 256})
     # Before the first step the first one; after a step the one that it was of; beyond the end, which a shorter run may be, the last.
-    assert [stage_at(config, step).number for step in (0, 1, 2, 3, 10, 11)] == [1, 1, 1, 2, 2, 2]
+    assert [config.stage_at(step).number for step in (0, 1, 2, 3, 10, 11)] == [1, 1, 1, 2, 2, 2]
 
 
 def test_a_stage_keeps_what_it_does_not_change() -> None:
@@ -83,14 +82,14 @@ def test_a_stage_keeps_what_it_does_not_change() -> None:
         {"from_tokens": 2 * STEP, "sequence_length": 256, "micro_batch_size": 1},
         {"from_tokens": 6 * STEP, "path": blend, "packing": "best_fit", "global_batch_size": 4},
     )
-    one, two, three = (stage.config for stage in plan_stages(config))
+    one, two, three = (stage.config for stage in config.stages)
     assert (one.data.sequence_length, two.data.sequence_length, three.data.sequence_length) == (128, 256, 256)
     assert (one.training.micro_batch_size, two.training.micro_batch_size, three.training.micro_batch_size) == (2, 1, 1)
     assert (two.training.global_batch_size, three.training.global_batch_size) == (8, 4)
     assert two.data.path == "data/train" and three.data.training_blend[0].path == "data/long"
     assert (two.data.packing, three.data.packing) == ("none", "best_fit")
     assert one.model == two.model == three.model == config.model
-    assert all(stage.config.training.stages is None for stage in plan_stages(config))
+    assert all(stage.config.training.stages is None for stage in config.stages)
 
 
 def test_a_schedule_goes_on_through_stages_until_one_brings_its_own() -> None:
@@ -100,7 +99,7 @@ def test_a_schedule_goes_on_through_stages_until_one_brings_its_own() -> None:
         {"from_tokens": 5 * STEP, "global_batch_size": 8},
         optimizer={"lr": 1e-3, "min_lr": 1e-5, "warmup_steps": 3, "betas": [0.8, 0.9]},
     )
-    plan = plan_stages(config)
+    plan = config.stages
     assert [(stage.steps_before, stage.steps) for stage in plan] == [(0, 2), (2, 4), (6, 2), (8, 2)]
     # (step after which the schedule begins, its length): one over the first two stages, one over the others.
     assert [(stage.schedule_begins, stage.config.training.steps) for stage in plan] == [(0, 6), (0, 6), (6, 4), (6, 4)]
@@ -117,11 +116,11 @@ def test_a_new_layout_or_recomputation_needs_the_model_built_anew() -> None:
         {"from_tokens": 10 * STEP, "recompute": "full"},
         training={"steps": 20, "recompute_layers": 3},
     )
-    assert [[stage.number for stage in phase] for phase in plan_phases(config)] == [[1, 2], [3, 4], [5]]
-    assert [stage.config.training.recompute_layers for stage in plan_stages(config)] == [None] * 4 + [3]
+    assert [[stage.number for stage in phase] for phase in config.phases] == [[1, 2], [3, 4], [5]]
+    assert [stage.config.training.recompute_layers for stage in config.stages] == [None] * 4 + [3]
     # Four ranks: four data parallel, later two of them with two context ranks each.
     assert config.check_world(4) == 4
-    assert [stage.config.check_world(4) for stage in plan_stages(config)] == [4, 4, 2, 2, 2]
+    assert [stage.config.check_world(4) for stage in config.stages] == [4, 4, 2, 2, 2]
     assert "tensor 1 x context 1 x data 2 x pipeline 1, from step 1\n" in check_report(config)  # the fewest ranks that fit all stages
     assert "tensor 1 x context 2 x data 1 x pipeline 1, from step 4\n" in check_report(config)
 

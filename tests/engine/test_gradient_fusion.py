@@ -18,8 +18,8 @@ from torch import Tensor
 from nha_megatron.config import ConfigError
 from nha_megatron.config.gradient_fusion import EXTENSION
 from nha_megatron.config.inputs import missing_inputs
-from nha_megatron.config.report import check_report
 from nha_megatron.engine.gradient_fusion import choose_gradient_fusion
+from nha_megatron.estimate.report import check_report
 from tests.config.cases import run
 from tests.distributed import RankPool
 from tests.engine.programs import tiny_config, train

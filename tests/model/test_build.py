@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import torch
 
-from nha_megatron.attention.layer import NativeHybridAttention
 from nha_megatron.config import load_config
 from nha_megatron.engine.layout import create_layout
+from nha_megatron.layers.nha.layer import NativeHybridAttention
 from nha_megatron.model.build import build_meta_model, transformer_config
 from tests.distributed import RankPool
 from tests.engine.programs import CPU, make_engine, tiny_config

@@ -1,1 +1,0 @@
-"""Attention layers for a Megatron-core transformer, and their context parallelism. Knows nothing of training."""

@@ -1,0 +1,25 @@
+"""Section `checkpoint`: when and where a run is saved."""
+
+from typing import Literal
+
+from .base import PathString, Positive, Section
+
+
+class CheckpointConfig(Section):
+    """When and where the run is saved."""
+
+    path: PathString | None = None
+    """Directory of the checkpoints; null: `checkpoints` inside logging.directory."""
+    every: Positive = 1000
+    """Steps between checkpoints; the end of the run is always saved."""
+    keep: Positive = 2
+    """Newest checkpoints that stay on disk."""
+    asynchronous: bool = False
+    """Train on while a checkpoint is written, from a copy of the state in host memory. The last one of a run is waited for in any case."""
+    attempts: Positive = 3
+    """Saves in a row that must fail to end the run; a failure before is reported, and training goes on. 1: the first failure ends it."""
+    resume: bool = True
+    """Continue from the newest complete checkpoint of the directory when there is one."""
+    other_data: Literal["refuse", "accept"] = "refuse"
+    """A checkpoint whose run read other token files, or in other shares, in the stages that have begun: refuse it, or continue at the same
+    position in the new ones. Token files that were moved are not others."""

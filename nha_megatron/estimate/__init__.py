@@ -1,0 +1,1 @@
+"""Arithmetic without torch about a run: parameters, FLOPs, memory, traffic, time."""

@@ -1,0 +1,1 @@
+"""Native Hybrid Attention: slots and a window under one softmax."""

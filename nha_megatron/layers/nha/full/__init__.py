@@ -1,0 +1,1 @@
+"""Full attention over context ranks, tokens contiguous."""
