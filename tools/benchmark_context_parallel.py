@@ -39,11 +39,12 @@ from torch.nn import functional as F
 from nha_kernels import nha_attention
 from nha_megatron.checkpoint.files import write_atomically
 from nha_megatron.config import ConfigError, ModelConfig, parse_windows
-from nha_megatron.config.full_layers import choose_exchange, exchange_bytes
 from nha_megatron.engine.device import backend_for, choose_device
-from nha_megatron.estimate.arithmetic import context_parallel_bytes
 from nha_megatron.launch.versions import measurement_facts
+from nha_megatron.layers.kind import RankShape
+from nha_megatron.layers.nha.context_parallel.cost import context_parallel_bytes
 from nha_megatron.layers.nha.context_parallel.exchange import context_parallel_attention
+from nha_megatron.layers.nha.full.cost import choose_exchange, exchange_bytes
 from nha_megatron.layers.nha.full.over_ranks import full_attention_over_ranks
 
 Tensors = tuple[Tensor, Tensor, Tensor, Tensor]
@@ -119,10 +120,10 @@ class Layer:
             num_slots=self.slots,
             vocab_size=1,
         )
-        size = self.dtype.itemsize
+        rank = RankShape(sequence_length=ranks * tokens, context=ranks, element_bytes=self.dtype.itemsize)
         if self.window is None:
-            return exchange_bytes(model, self.exchange, tokens, ranks, element_bytes=size)  # type: ignore[arg-type]
-        return context_parallel_bytes(model, self.window, tokens, ranks, element_bytes=size)
+            return exchange_bytes(model, self.exchange, rank)  # type: ignore[arg-type]
+        return context_parallel_bytes(model, self.slots, self.window, rank)
 
 
 def check(layer: Layer, tokens: int, device: torch.device, group: dist.ProcessGroup) -> float:

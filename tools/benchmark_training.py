@@ -46,6 +46,7 @@ from nha_megatron.config.load import with_overrides
 from nha_megatron.data import Batch
 from nha_megatron.data.batch import make_batch
 from nha_megatron.engine.device import choose_device
+from nha_megatron.estimate.counts import flops_per_token, num_parameters
 from nha_megatron.estimate.memory import estimate_memory
 from nha_megatron.estimate.traffic import bytes_sent_per_layer
 from nha_megatron.known_warnings import silence_known_warnings
@@ -172,7 +173,7 @@ class Bench:
         seconds = statistics.median(times)
         tokens = config.training.global_batch_size * setting.tokens
         peak = device_peak_flops(self.device)
-        flops = tokens * config.model.flops_per_token(min(setting.tokens, self.document_tokens or setting.tokens)) / self.world_size
+        flops = tokens * flops_per_token(config.model, min(setting.tokens, self.document_tokens or setting.tokens)) / self.world_size
         return {
             "step_ms": 1e3 * seconds,
             "timed_steps": len(times),
@@ -248,7 +249,7 @@ def series(
 
 def comparable(rows: Sequence[Row], base: RunConfig, document_tokens: int | None) -> list[Row]:
     """Rows whose work for a token does not depend on the length of the sequence: `full` layers cost more in longer documents."""
-    if None not in base.model.windows:
+    if not any(layer.options.window is None for layer in base.model.stack):
         return list(rows)
     return [row for row in rows if document_tokens is not None and row["tokens_per_rank"] % document_tokens == 0]
 
@@ -350,7 +351,7 @@ def benchmark(arguments: argparse.Namespace, base: RunConfig, command: Sequence[
     shortest = min(arguments.tokens)
     sequences = math.lcm(*(Setting(c, shortest, "none").configure(base, world_size).training.global_batch_size for c in contexts))
     first = {context: bench.first_step(Setting(context, shortest, choose(context, shortest)[-1]), sequences) for context in contexts}
-    say(f"{base.model.num_parameters():,} parameters; first loss and gradient norm by context size: {first}")
+    say(f"{num_parameters(base.model):,} parameters; first loss and gradient norm by context size: {first}")
     # The loss is a mean over thousands of tokens: roundings average out (bf16: 4e-3 of each logit). The norm is dominated by few matrices.
     loss_tolerance, norm_tolerance = (5e-4, 2e-2) if base.training.precision == "bf16" else (2e-6, 1e-4)
     wanted = first[contexts[0]]
@@ -366,7 +367,7 @@ def benchmark(arguments: argparse.Namespace, base: RunConfig, command: Sequence[
 
     result: dict[str, Any] = {
         "environment": measurement_facts(device, command, arguments.commit) | {"ranks": world_size},
-        "model": base.model.model_dump(mode="json") | {"parameters": base.model.num_parameters()},
+        "model": base.model.model_dump(mode="json") | {"parameters": num_parameters(base.model)},
         "precision": base.training.precision,
         "document_tokens": arguments.document_tokens,
         "first_step": {str(context): {"loss": loss, "grad_norm": norm} for context, (loss, norm) in first.items()},

@@ -3,7 +3,7 @@
 
     python tools/predict_context_parallel.py [--adapter-gb-per-s 45] [--rails 8] [--gather ring] [--output docs/context_parallel_cost.png]
 
-First the model (`nha_megatron/config/context_parallel_cost.py`) predicts the times measured on two GPUs, and those of each run named by
+First the model (`nha_megatron/layers/nha/context_parallel/time.py`) predicts the times measured on two GPUs, and those of each run named by
 --more-gpus, from the operator and the summary on two. Only if it is within 15 % of each does it go on to more ranks. Tables go to stdout,
 the figure to --output.
 """
@@ -26,9 +26,12 @@ from matplotlib import pyplot as plt
 from matplotlib.ticker import PercentFormatter, ScalarFormatter
 
 from nha_megatron.config import ConfigError, ModelConfig
-from nha_megatron.estimate.arithmetic import context_parallel_bytes
-from nha_megatron.estimate.context_parallel_time import LayerCost, LayerRates, MeasuredTimes, full_layer_ms, nha_layer_cost
-from nha_megatron.estimate.network import Gather, Link, Network
+from nha_megatron.hardware.measured import MeasuredTimes
+from nha_megatron.hardware.network import Gather, Link, Network
+from nha_megatron.layers.kind import RankShape
+from nha_megatron.layers.nha.context_parallel.cost import summary_bytes
+from nha_megatron.layers.nha.context_parallel.time import LayerCost, LayerRates, nha_layer_cost
+from nha_megatron.layers.nha.full.time import full_layer_ms
 
 REPOSITORY = Path(__file__).parents[1]
 RESULTS = REPOSITORY / "kernels" / "benchmarks" / "results"
@@ -191,7 +194,7 @@ def extrapolation_table(model: Extrapolation) -> str:
 
 def gather_or_scan(model: Extrapolation, ranks: int) -> str:
     """What another algorithm would gain where the gather costs most."""
-    one_piece = context_parallel_bytes(model.measured.model, 0, 1, ranks)
+    one_piece = summary_bytes(model.measured.model, model.measured.model.num_slots, RankShape(sequence_length=ranks, context=ranks))
     gather, scan = model.network.all_gather_ms(one_piece, ranks, model.gather), model.network.scan_ms(one_piece, ranks)
     return f"Gradients of slots over {ranks} ranks: all-gather {gather:.2f} ms, log-step scan (not built) {scan:.2f} ms"
 

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING
 from nha_megatron.lazy import lazy_names
 
 if TYPE_CHECKING:
+    from nha_megatron.layers.nha.windows import parse_windows
+
     from .checkpoint import CheckpointConfig
     from .data import BlendEntry, DataConfig
     from .errors import ConfigError, OneRankError
@@ -20,7 +22,6 @@ if TYPE_CHECKING:
     from .parallel import ParallelConfig
     from .run import RunConfig
     from .training import TrainingConfig
-    from .windows import parse_windows
 
 __all__ = [
     "BlendEntry",
@@ -61,7 +62,7 @@ __getattr__, __dir__ = lazy_names(
         "dump_config": "nha_megatron.config.load",
         "load_config": "nha_megatron.config.load",
         "parse_config": "nha_megatron.config.load",
-        "parse_windows": "nha_megatron.config.windows",
+        "parse_windows": "nha_megatron.layers.nha.windows",
         "save_resolved": "nha_megatron.config.load",
         "with_overrides": "nha_megatron.config.load",
     },

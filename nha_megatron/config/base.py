@@ -6,6 +6,8 @@ from typing import Annotated, Any, Self, TypeVar
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
+from .errors import ConfigError as ConfigError  # for layer kinds, which import nothing else of the configuration
+
 # Sizes end up in 32-bit kernel arguments and collective counts; larger ones are a typing mistake.
 MAX_SIZE = 2**31 - 1
 

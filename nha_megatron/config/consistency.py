@@ -8,6 +8,8 @@ import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+from nha_megatron.layers.kind import RankShape
+
 from .data import DataConfig
 from .engines import settings_without_engine
 from .gradient_fusion import fusion_problems
@@ -35,7 +37,7 @@ def problems(sections: Mapping[str, Any]) -> list[str]:
         [
             _tensor_sizes,
             _sequence_sizes,
-            _full_layer_heads,
+            _layers,
             _pipeline_sizes,
             _recomputed_layers,
             _batch_sizes,
@@ -51,7 +53,6 @@ def problems(sections: Mapping[str, Any]) -> list[str]:
 
 def _tensor_sizes(model: ModelConfig, parallel: ParallelConfig) -> Iterator[str]:
     sizes = {
-        "model.num_kv_heads": model.num_kv_heads,
         "model.ffn_hidden_size": model.ffn_hidden_size,
         "the vocabulary padded to a multiple of 128,": model.padded_vocab_size,
     }
@@ -67,14 +68,25 @@ def _sequence_sizes(data: DataConfig, parallel: ParallelConfig) -> Iterator[str]
         yield f"data.sequence_length {data.sequence_length} is not a multiple of {why}; change one of them"
 
 
-def _full_layer_heads(model: ModelConfig, parallel: ParallelConfig) -> Iterator[str]:
-    heads = model.num_heads // parallel.tensor
-    if parallel.cp_comm_type == "a2a" and None in model.windows and heads % parallel.context:
-        yield (
-            f"parallel.cp_comm_type a2a gives every context rank some heads of a `full` layer, but model.num_heads {model.num_heads} / "
-            f"parallel.tensor {parallel.tensor} = {heads} is not a multiple of parallel.context {parallel.context}; use all_gather or "
-            "auto, or change parallel.context"
-        )
+def rank_shape(parallel: ParallelConfig, data: DataConfig, training: TrainingConfig) -> RankShape:
+    """One rank's part of a micro batch."""
+    return RankShape(
+        tensor=parallel.tensor,
+        context=parallel.context,
+        sequence_parallel=parallel.sequence,
+        cp_comm_type=parallel.cp_comm_type,
+        micro_batch_size=training.micro_batch_size,
+        sequence_length=data.sequence_length,
+        isolates_documents=data.isolates_documents,
+        element_bytes=2 if training.precision == "bf16" else 4,
+    )
+
+
+def _layers(model: ModelConfig, parallel: ParallelConfig, data: DataConfig, training: TrainingConfig) -> Iterator[str]:
+    """What the layer kinds say, each message once."""
+    shape = rank_shape(parallel, data, training)
+    found = (problem for layer in dict.fromkeys(model.stack) for problem in layer.kind.problems(layer.options, model, shape))
+    yield from dict.fromkeys(found)
 
 
 def _pipeline_sizes(model: ModelConfig, parallel: ParallelConfig) -> Iterator[str]:

@@ -104,8 +104,16 @@ def _fields_at(keys: Location, schema: type[BaseModel]) -> Mapping[str, Any]:
     models = [schema]
     for key in keys:
         if isinstance(key, str):
-            models = [found for model in models if key in model.model_fields for found in _models_in(model.model_fields[key].annotation)]
+            models = [found for model in models for found in _models_at(model, key)]
     return {name: field for model in models for name, field in model.model_fields.items()}
+
+
+def _models_at(model: type[BaseModel], key: str) -> list[type[BaseModel]]:
+    if key in model.model_fields:
+        return _models_in(model.model_fields[key].annotation)
+    section_of_kind = getattr(model, "section_of_kind", None)  # of ModelConfig: sections that layer kinds bring
+    section = None if section_of_kind is None else section_of_kind(key)
+    return [] if section is None else [section]
 
 
 def _models_in(annotation: Any) -> list[type[BaseModel]]:

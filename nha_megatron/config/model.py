@@ -1,15 +1,19 @@
 """Section `model`: shape and conventions of the network."""
 
+from __future__ import annotations
+
+from functools import cached_property
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import ConfigDict, Field, ModelWrapValidatorHandler, ValidationError, model_validator
+from pydantic_core import InitErrorDetails
 
-from nha_megatron.estimate import arithmetic
+from nha_megatron.layers.pattern import DEFAULT_KIND, Layer, read_pattern
+from nha_megatron.layers.registry import kind_named, known_kinds
 
 from .base import NonNegativeReal, PathString, Positive, PositiveReal, Section
 from .errors import ConfigError, raise_problems
 from .rope import inverse_frequencies, rope_problems
-from .windows import parse_windows
 
 if TYPE_CHECKING:
     import torch
@@ -19,10 +23,14 @@ VOCABULARY_MULTIPLE = 128
 
 
 class ModelConfig(Section):
-    """A decoder-only transformer whose attention layers are Native Hybrid Attention.
+    """A decoder-only transformer. `layers` says how each of its layers mixes tokens, by default with Native Hybrid Attention (NHA).
 
-    Each KV head keeps `num_slots` compressed rows and the last `window` tokens, and reads both with one softmax.
+    In NHA each KV head keeps `num_slots` compressed rows and the last `window` tokens, and reads both with one softmax. Fields of another
+    kind stand in a section of its name, `model.<kind>`.
     """
+
+    # Sections of layer kinds are the only further keys: `_sections_of_kinds` refuses the others.
+    model_config = ConfigDict(extra="allow")
 
     num_layers: Annotated[int, Field(ge=1, le=65536)]
     """Transformer blocks."""
@@ -36,11 +44,14 @@ class ModelConfig(Section):
     """Key/value heads. Tensor parallelism splits them."""
     head_dim: Positive = 0
     """Channels of one head, for keys and values. Null or absent: hidden_size // num_heads, filled in by validation."""
+    layers: str = DEFAULT_KIND
+    """Kind of every layer: a pattern such as "nha:64*7,full", repeated to the depth. `nha` takes its window from `window`, `nha:64` and
+    `nha:full` name it; an item without a kind has the kind before it."""
     num_slots: Positive = 64
     """M: compressed key/value rows each KV head keeps."""
     window: int | str = 64
-    """W: the last tokens seen exactly, the current one included. A number, "full" (global attention), 0 (slots alone), or a pattern over
-    the layers such as "64*7,full", repeated to the depth."""
+    """W of NHA layers: the last tokens seen exactly, the current one included. A number, "full" (global attention), 0 (slots alone), or a
+    pattern over all layers such as "64*7,full", repeated to the depth."""
     tau: PositiveReal = 8.0
     """Divides the log-gate: g = logsigmoid(z) / tau. Larger is slower forgetting."""
     empty_slots: Literal["attend", "mask", "weight"] = "attend"
@@ -78,8 +89,38 @@ class ModelConfig(Section):
             return {key: value for key, value in data.items() if key != "head_dim"}
         return data
 
+    @model_validator(mode="wrap")
+    @classmethod
+    def _sections_of_kinds(cls, data: Any, handler: ModelWrapValidatorHandler[ModelConfig]) -> ModelConfig:
+        """Validates `model.<kind>` by the kind's own section; a further key is unknown."""
+        if not isinstance(data, dict):
+            return handler(data)
+        found: list[InitErrorDetails] = []
+        values = {key: value for key, value in data.items() if key in cls.model_fields}
+        for key in data.keys() - values.keys():
+            section = cls.section_of_kind(key)
+            if section is None:
+                found.append(InitErrorDetails(type="extra_forbidden", loc=(key,), input=data[key]))
+                continue
+            try:
+                values[key] = section.model_validate({} if data[key] is None else data[key])
+            except ValidationError as error:
+                found += _below(error, key)
+        try:
+            model = handler(values)
+        except ValidationError as error:
+            found = _below(error) + found
+        if found:
+            raise ValidationError.from_exception_data(cls.__name__, found)
+        return model
+
+    @classmethod
+    def section_of_kind(cls, name: str) -> type[Section] | None:
+        """The section `model.<name>` of a layer kind that has one."""
+        return kind_named(name).section if name in known_kinds() else None
+
     @model_validator(mode="after")
-    def _consistent(self) -> "ModelConfig":
+    def _consistent(self) -> ModelConfig:
         problems = []
         if "head_dim" not in self.model_fields_set:
             if self.hidden_size % self.num_heads:
@@ -91,7 +132,8 @@ class ModelConfig(Section):
         if self.num_heads % self.num_kv_heads:
             problems.append(f"num_heads {self.num_heads} is not a multiple of num_kv_heads {self.num_kv_heads}; change one of them")
         try:
-            parse_windows(self.window, self.num_layers)
+            self._add_missing_sections()
+            _ = self.stack
         except ConfigError as error:
             problems.append(str(error))
         if not problems:
@@ -104,10 +146,24 @@ class ModelConfig(Section):
         raise_problems(problems)
         return self
 
-    @property
-    def windows(self) -> tuple[int | None, ...]:
-        """Window of every layer in tokens; None is global attention."""
-        return parse_windows(self.window, self.num_layers)
+    def _add_missing_sections(self) -> None:
+        """Writes out the defaults of the kinds in the pattern; a section of another kind would change nothing, so it is refused."""
+        used = {name for name, _ in read_pattern(self.layers, self.num_layers, known_kinds())}
+        sections = self.__pydantic_extra__
+        assert sections is not None
+        for name in sorted(used):
+            section = kind_named(name).section
+            if section is not None and name not in sections:
+                sections[name] = section()
+        for name in sorted(sections.keys() - used):
+            raise ConfigError(f"{name} is given, but no layer of layers {self.layers!r} is of this kind; remove it or name the kind there")
+
+    @cached_property
+    def stack(self) -> tuple[Layer, ...]:
+        """Kind and options of every layer."""
+        pattern = read_pattern(self.layers, self.num_layers, known_kinds())
+        kinds = {name: kind_named(name) for name, _ in pattern}
+        return tuple(Layer(kinds[name], kinds[name].options(self, argument, i)) for i, (name, argument) in enumerate(pattern))
 
     @property
     def rotary_dim(self) -> int:
@@ -119,21 +175,18 @@ class ModelConfig(Section):
         """Rows of the embedding and output matrices: `vocab_size` rounded up to a multiple of 128."""
         return -(-self.vocab_size // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
 
-    def rope(self) -> "tuple[torch.Tensor, float]":
+    def rope(self) -> tuple[torch.Tensor, float]:
         """Inverse frequencies, float64 [rotary_dim / 2] in radians a token, and YaRN's factor on the rotated channels (else 1.0)."""
         import torch  # not at the head: a configuration is checked without loading torch
 
         frequencies, attention_factor = inverse_frequencies(self.rotary_dim, self.rope_theta, self.rope_scaling)
         return torch.tensor(frequencies, dtype=torch.float64), attention_factor
 
-    def num_parameters(self, embeddings: bool = True) -> int:
-        """Parameters of the whole model; without the embedding and output matrices when `embeddings` is False."""
-        return arithmetic.num_parameters(self, embeddings)
 
-    def flops_per_token(self, sequence_length: int) -> float:
-        """Model FLOPs of forward and backward for one token of a sequence of that length; recomputation is not counted."""
-        return arithmetic.flops_per_token(self, sequence_length)
-
-    def state_bytes(self, length: int | None = None, element_bytes: int = 2) -> int:
-        """Bytes of the memory of all layers for one sequence of `length` tokens (needed only when a layer is `full`)."""
-        return arithmetic.state_bytes(self, length, element_bytes)
+def _below(error: ValidationError, *keys: str) -> list[InitErrorDetails]:
+    """The problems of an inner validation, to be reported with those of an outer one."""
+    details = error.errors(include_url=False)
+    return [
+        InitErrorDetails(type=detail["type"], loc=(*keys, *detail["loc"]), input=detail["input"], ctx=detail.get("ctx", {}))
+        for detail in details
+    ]

@@ -5,12 +5,14 @@ from pathlib import Path
 
 from pydantic import Field, model_validator
 
+from nha_megatron.layers.kind import RankShape
+
 from . import consistency, refusals
 from .base import Section
 from .checkpoint import CheckpointConfig
+from .consistency import rank_shape
 from .data import DataConfig
 from .errors import ConfigError, problems_message, raise_problems
-from .full_layers import Exchange, choose_exchange
 from .guards import GuardsConfig
 from .logging import LoggingConfig
 from .model import ModelConfig
@@ -58,12 +60,16 @@ class RunConfig(Section):
         """Where checkpoints are written and looked for."""
         return Path(self.checkpoint.path) if self.checkpoint.path is not None else Path(self.logging.directory) / "checkpoints"
 
-    @property
-    def full_layer_exchange(self) -> tuple[Exchange, str] | None:
-        """How `full` layers are computed over context ranks, and why; None when there are none or one rank holds whole sequences."""
-        if self.parallel.context == 1 or None not in self.model.windows:
-            return None
-        return choose_exchange(self.parallel.cp_comm_type, self.model.num_heads // self.parallel.tensor, self.parallel.context)
+    @cached_property
+    def rank_shape(self) -> RankShape:
+        """One rank's part of a micro batch: what the costs of a layer depend on beside the model."""
+        return rank_shape(self.parallel, self.data, self.training)
+
+    @cached_property
+    def exchanges(self) -> dict[str, tuple[str, str]]:
+        """Layers whose kind chose between exchanges over context ranks, by their label: name of the exchange, and why."""
+        chosen = {layer.label: layer.kind.exchange(layer.options, self.model, self.rank_shape) for layer in dict.fromkeys(self.model.stack)}
+        return {label: exchange for label, exchange in chosen.items() if exchange is not None}
 
     def micro_batches(self, world_size: int) -> int:
         """Micro batches that every rank runs in one optimizer step."""

@@ -1,13 +1,16 @@
 """What `check` prints about a configuration."""
 
 import math
+from dataclasses import replace
 
 from nha_megatron.config.gradient_fusion import expectation
 from nha_megatron.config.inputs import missing_inputs
 from nha_megatron.config.load import dump_config
+from nha_megatron.config.model import ModelConfig
 from nha_megatron.config.run import RunConfig
 from nha_megatron.config.stage_plan import Stage
-from nha_megatron.config.windows import describe_windows
+from nha_megatron.estimate.counts import flops_per_token, num_parameters, state_bytes
+from nha_megatron.layers.pattern import DEFAULT_KIND, describe_runs
 
 from .memory import RankMemory, estimate_memory
 from .traffic import bytes_sent_per_layer
@@ -39,14 +42,14 @@ def check_report(config: RunConfig, world_size: int | None = None) -> str:
 def _model_lines(config: RunConfig, stages: tuple[Stage, ...]) -> list[str]:
     model = config.model
     lines = [
-        f"parameters: {model.num_parameters():,}, without embeddings {model.num_parameters(embeddings=False):,}",
-        f"window of the layers: {describe_windows(model.windows)}",
+        f"parameters: {num_parameters(model):,}, without embeddings {num_parameters(model, embeddings=False):,}",
+        f"{_what_varies(model)}: {describe_runs(layer.label for layer in model.stack)}",
         f"vocabulary: {model.vocab_size:,} tokens, padded to {model.padded_vocab_size:,}",
     ]
     for length in dict.fromkeys(stage.config.data.sequence_length for stage in stages):
         lines += [
-            f"FLOPs a token, forward and backward: {model.flops_per_token(length):.4g} at length {length:,}",
-            f"state of one sequence of {length:,} tokens, bf16: {_size(model.state_bytes(length))}",
+            f"FLOPs a token, forward and backward: {flops_per_token(model, length):.4g} at length {length:,}",
+            f"state of one sequence of {length:,} tokens, bf16: {_size(state_bytes(model, length))}",
         ]
     return lines
 
@@ -72,15 +75,25 @@ def _stage_lines(stage: Stage, world: int) -> list[str]:
         f"tokens: {stage.tokens_per_step:,} a step, {stage.tokens_after - stage.tokens_before:,} in {stage.steps:,} steps",
         _schedule_line(stage),
     ]
+    return [*lines, *_exchange_lines(config)]
+
+
+def _what_varies(model: ModelConfig) -> str:
+    return "window of the layers" if {layer.kind.name for layer in model.stack} == {DEFAULT_KIND} else "layers"
+
+
+def _exchange_lines(config: RunConfig) -> list[str]:
     sent = bytes_sent_per_layer(config)
-    announced = [sent[str(window)] for window in config.model.windows if window is not None and sent]
-    if announced:
-        mean = _size(sum(announced) // len(announced))
-        lines.append(f"context parallelism: a rank sends {mean} a layer and micro batch, at any length")
-    if config.full_layer_exchange is not None:
-        exchange, reason = config.full_layer_exchange
-        amount = f"a rank sends {_size(sent['full'])} a layer and micro batch"
-        lines.append(f"context parallelism of `full` layers: {exchange}, because {reason}; {amount}")
+    lines = []
+    plain = [layer for layer in config.model.stack if sent and layer.label not in config.exchanges]
+    if plain:
+        mean = _size(sum(sent[layer.label] for layer in plain) // len(plain))
+        longer = replace(config.rank_shape, sequence_length=2 * config.data.sequence_length)
+        constant = all(layer.kind.sent_bytes(layer.options, config.model, longer) == sent[layer.label] for layer in set(plain))
+        lines.append(f"context parallelism: a rank sends {mean} a layer and micro batch" + (", at any length" if constant else ""))
+    for label, (exchange, reason) in config.exchanges.items():
+        amount = f"a rank sends {_size(sent[label])} a layer and micro batch"
+        lines.append(f"context parallelism of `{label}` layers: {exchange}, because {reason}; {amount}")
     return lines
 
 
@@ -101,7 +114,7 @@ def _memory_lines(memory: RankMemory) -> list[str]:
         "output matrix and loss": memory.head,
     }
     detail = ", ".join(f"{name} {_size(size)}" for name, size in parts.items())
-    return [f"{_size(memory.total)} on pipeline stage {memory.stage}: {detail}", "without communication buffers and fragmentation"]
+    return [f"{_size(memory.total)} on pipeline stage {memory.pipeline_stage}: {detail}", "without communication buffers and fragmentation"]
 
 
 def _size(count: float) -> str:

@@ -13,6 +13,7 @@ from nha_megatron.model.compat import mark_tensor_parallel_weights
 from nha_megatron.model.language_model import LanguageModel
 from nha_megatron.model.parameters import global_parameters
 from nha_megatron.model.specs import block_spec
+from nha_megatron.model.weights import weight_named
 
 if TYPE_CHECKING:
     from nha_megatron.config import RunConfig
@@ -48,8 +49,6 @@ def transformer_config(config: RunConfig, *, fuse_gradients: bool = False) -> Tr
         tensor_model_parallel_size=parallel.tensor,
         sequence_parallel=parallel.sequence,
         context_parallel_size=parallel.context,
-        # For `full` layers; Megatron hands it to every attention layer when there are several context ranks.
-        cp_comm_type=None if config.full_layer_exchange is None else config.full_layer_exchange[0],
         pipeline_model_parallel_size=parallel.pipeline,
         virtual_pipeline_model_parallel_size=virtual_stages if virtual_stages > 1 else None,
         pipeline_dtype=dtype,
@@ -88,9 +87,7 @@ def build_model(
     chunks = []
     for chunk in range(virtual_stages):
         vp_stage = chunk if virtual_stages > 1 else None
-        spec = block_spec(
-            config.model, megatron_config, recompute_attention=config.training.recompute == "selective", pp_rank=pp_rank, vp_stage=vp_stage
-        )
+        spec = block_spec(config, megatron_config, pp_rank=pp_rank, vp_stage=vp_stage)
         with device:
             model = LanguageModel(
                 real_vocab_size=config.model.vocab_size,
@@ -108,7 +105,7 @@ def build_model(
             )
         mark_tensor_parallel_weights(model)
         chunks.append(model)
-    _exempt_from_decay(config, chunks)
+    _mark_decay(config, chunks)
     return chunks
 
 
@@ -119,9 +116,7 @@ def build_meta_model(config: RunConfig, groups: ProcessGroupCollection) -> Langu
     return model
 
 
-def _exempt_from_decay(config: RunConfig, chunks: list[LanguageModel]) -> None:
-    # The gate of a full layer never gets a gradient; decay alone would shrink it, and the window could not be narrowed later.
-    # (Norms and biases are exempt by their shape.)
-    full = {f"decoder.layers.{i}.self_attention.linear_gate.weight" for i, window in enumerate(config.model.windows) if window is None}
+def _mark_decay(config: RunConfig, chunks: list[LanguageModel]) -> None:
+    """Tells the engines which weights AdamW decays: what the table of weights says of each."""
     for name, parameter in global_parameters(chunks):
-        parameter.no_weight_decay = name in full
+        parameter.no_weight_decay = not weight_named(config.model, name).decayed

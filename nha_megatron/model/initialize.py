@@ -15,18 +15,18 @@ import torch
 from torch import Tensor, nn
 
 from nha_megatron.model.parameters import full_shape, global_parameters, shard_of
+from nha_megatron.model.weights import weight_named
 
 if TYPE_CHECKING:
     from nha_megatron.config.model import ModelConfig
+    from nha_megatron.layers.kind import Weight
 
-_SCALED_DOWN = ("self_attention.linear_proj.weight", "mlp.linear_fc2.weight")
 _VOCABULARY = ("embedding.word_embeddings.weight", "output_layer.weight")
 
 
 @torch.no_grad()
 def initialize_weights(chunks: Sequence[nn.Module], model: ModelConfig, seed: int, tp_rank: int, tp_size: int) -> None:
-    """Fills all parameters: matrices normal(0, init_std), those that write to the residual stream smaller by sqrt(2 num_layers),
-    norms one, biases and the rows of the padded vocabulary zero."""
+    """Fills all parameters as the table of weights says (model/weights.py); rows of the padded vocabulary are zero."""
     for name, parameter in global_parameters(chunks):
         parameter.copy_(initial_shard(name, parameter, model, seed, tp_rank, tp_size, parameter.device))
 
@@ -35,20 +35,22 @@ def initial_shard(
     name: str, parameter: nn.Parameter, model: ModelConfig, seed: int, tp_rank: int, tp_size: int, device: torch.device
 ) -> Tensor:
     """What `parameter` starts as on a TP rank, in fp32, drawn on `device`. `name` is its layout-independent name."""
-    return shard_of(_draw(name, full_shape(parameter, tp_size), model, seed, device), parameter, tp_rank, tp_size)
+    weight = weight_named(model, name)
+    assert full_shape(parameter, tp_size) == weight.shape, (name, full_shape(parameter, tp_size), weight.shape)
+    return shard_of(_draw(weight, model, seed, device), parameter, tp_rank, tp_size)
 
 
-def _draw(name: str, shape: tuple[int, ...], model: ModelConfig, seed: int, device: torch.device) -> Tensor:
-    if name.endswith(".bias"):
-        return torch.zeros(shape, device=device)
-    if len(shape) == 1:
-        return torch.ones(shape, device=device)
-    std = model.init_std
-    if name.endswith(_SCALED_DOWN):
-        std /= math.sqrt(2 * model.num_layers)
-    generator = torch.Generator(device).manual_seed(parameter_seed(seed, name))
-    full = torch.randn(shape, generator=generator, device=device, dtype=torch.float32).mul_(std)
-    if name in _VOCABULARY:
+def _draw(weight: Weight, model: ModelConfig, seed: int, device: torch.device) -> Tensor:
+    if weight.initial == "zeros":
+        return torch.zeros(weight.shape, device=device)
+    if weight.initial == "ones":
+        return torch.ones(weight.shape, device=device)
+    generator = torch.Generator(device).manual_seed(parameter_seed(seed, weight.name))
+    if callable(weight.initial):
+        return weight.initial(weight.shape, generator)
+    std = model.init_std / (math.sqrt(2 * model.num_layers) if weight.initial == "residual" else 1)
+    full = torch.randn(weight.shape, generator=generator, device=device, dtype=torch.float32).mul_(std)
+    if weight.name in _VOCABULARY:
         full[model.vocab_size :] = 0.0
     return full
 

@@ -7,7 +7,7 @@ from typing import Any
 from megatron.core.models.gpt import GPTModel
 from torch import Tensor
 
-from nha_megatron.estimate.arithmetic import logit_chunk_tokens
+from nha_megatron.estimate.logits import logit_chunk_tokens
 from nha_megatron.model.chunked_loss import linear_cross_entropy
 
 

@@ -1,4 +1,4 @@
-"""Layer pattern -> the list of `ModuleSpec`s of one pipeline stage. Local Megatron layers: no TransformerEngine, no Apex."""
+"""The stack of layers -> the list of `ModuleSpec`s of one pipeline stage. Local Megatron layers: no TransformerEngine, no Apex."""
 
 from __future__ import annotations
 
@@ -12,23 +12,15 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules, get_transformer_layer_offset
 
-from nha_megatron.layers.nha.layer import NativeHybridAttention, NativeHybridAttentionSubmodules
 from nha_megatron.layers.norms import RMSNorm
 from nha_megatron.model.compat import mlp_spec
 
 if TYPE_CHECKING:
-    from nha_megatron.config.model import ModelConfig
+    from nha_megatron.config import RunConfig
 
 
-def layer_spec(window: int | None, attention_options: dict[str, Any]) -> ModuleSpec:
-    """One transformer layer: RMSNorm, Native Hybrid Attention with this window, RMSNorm, SwiGLU."""
-    attention = ModuleSpec(
-        module=NativeHybridAttention,
-        params={"window": window, **attention_options},
-        submodules=NativeHybridAttentionSubmodules(
-            linear_qkv=ColumnParallelLinear, linear_gate=ColumnParallelLinear, linear_proj=RowParallelLinear
-        ),
-    )
+def layer_spec(attention: Any) -> ModuleSpec:
+    """One transformer layer around an attention module: RMSNorm, attention, RMSNorm, SwiGLU."""
     return ModuleSpec(
         module=TransformerLayer,
         submodules=TransformerLayerSubmodules(
@@ -42,21 +34,13 @@ def layer_spec(window: int | None, attention_options: dict[str, Any]) -> ModuleS
     )
 
 
-def block_spec(model: ModelConfig, config: TransformerConfig, *, recompute_attention: bool, pp_rank: int, vp_stage: int | None) -> Any:
+def block_spec(run: RunConfig, config: TransformerConfig, *, pp_rank: int, vp_stage: int | None) -> Any:
     """Specs of the layers of one pipeline stage (and model chunk `vp_stage` of it, when interleaved), and the final norm."""
-    rope, rope_attention_factor = model.rope()
-    options = {
-        "num_slots": model.num_slots,
-        "tau": model.tau,
-        "empty_slots": model.empty_slots,
-        "value_activation": model.value_activation,
-        "output_norm": model.output_norm,
-        "qk_norm": model.qk_norm,
-        "rope": rope,
-        "rope_attention_factor": rope_attention_factor,
-        "recompute": recompute_attention,
-    }
     offset = get_transformer_layer_offset(config, vp_stage, pp_rank)
     count = get_num_layers_to_build(config, vp_stage, pp_rank)
-    layers = [layer_spec(window, options) for window in model.windows[offset : offset + count]]
+    recompute = run.training.recompute == "selective"
+    layers = [
+        layer_spec(layer.kind.spec(layer.options, run.model, run.rank_shape, recompute))
+        for layer in run.model.stack[offset : offset + count]
+    ]
     return TransformerBlockSubmodules(layer_specs=layers, layer_norm=RMSNorm)

@@ -38,6 +38,7 @@ from nha_megatron.engine.base import Engine
 from nha_megatron.engine.create import create_engine
 from nha_megatron.engine.device import choose_device
 from nha_megatron.engine.layout import Layout, create_layout
+from nha_megatron.estimate.counts import num_parameters
 from nha_megatron.training.console import Console
 from nha_megatron.training.data_check import check_data, describe_checked
 from nha_megatron.training.guards import TrainingError
@@ -99,15 +100,14 @@ def begin_phase(
 ) -> tuple[Engine, Progress]:
     """Builds the model as `built`, the configuration of the phase's first stage, and continues from `checkpoint` or starts anew."""
     engine = create_engine(built, layout.device, layout)
-    say(f"{layout.describe()} on {layout.device.type}, {config.model.num_parameters():,} parameters")
+    say(f"{layout.describe()} on {layout.device.type}, {num_parameters(config.model):,} parameters")
     for choice in engine.choices:
         say(choice)
     zero = zero_settings(config.training)
     if zero is not None:
         say(f"engine deepspeed, ZeRO stage {zero.stage}")
-    if built.full_layer_exchange is not None:
-        exchange, reason = built.full_layer_exchange
-        say(f"full-attention layers over {layout.cp_size} context ranks: {exchange}, because {reason}")
+    for label, (exchange, reason) in built.exchanges.items():
+        say(f"`{label}` layers over {layout.cp_size} context ranks: {exchange}, because {reason}")
     return engine, start(config, engine, checkpoint, identity, say)
 
 

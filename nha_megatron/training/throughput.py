@@ -8,6 +8,7 @@ from statistics import median
 import torch
 
 from nha_megatron.config import RunConfig
+from nha_megatron.estimate.counts import flops_per_token
 from nha_megatron.training.hardware import device_peak_flops
 
 
@@ -19,7 +20,7 @@ class Throughput:
 
     def __init__(self, config: RunConfig, device: torch.device, world_size: int) -> None:
         self.tokens_per_step = config.training.global_batch_size * config.data.sequence_length
-        self._flops_per_token = config.model.flops_per_token(config.data.sequence_length)
+        self._flops_per_token = flops_per_token(config.model, config.data.sequence_length)
         peak = device_peak_flops(device)
         self._peak_flops = None if peak is None else peak * world_size
         self._recent: deque[float] = deque(maxlen=20)

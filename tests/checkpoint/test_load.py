@@ -11,6 +11,7 @@ import torch
 
 from nha_megatron.checkpoint import load_weights_full, read_manifest
 from nha_megatron.config import parse_config
+from nha_megatron.estimate.counts import num_parameters
 from tests.checkpoint.programs import find_where_one_rank_cannot_read, resume_where_a_rank_cannot_read
 from tests.distributed import RankPool
 from tests.training import small_run
@@ -33,7 +34,7 @@ def test_a_checkpoint_holds_the_whole_model_and_says_where_it_stands(finished_ru
     assert (manifest.step, manifest.tokens, manifest.world_size) == (4, 4 * 4 * 32, 2)
     weights = load_weights_full(finished_run / "run")
     # Every parameter is there, in full though two tensor-parallel ranks wrote it, and nothing else.
-    assert sum(weight.numel() for weight in weights.values()) == config.model.num_parameters()
+    assert sum(weight.numel() for weight in weights.values()) == num_parameters(config.model)
     assert weights["decoder.layers.1.self_attention.linear_qkv.weight"].shape == (8 * 8, 32)
     assert all(torch.isfinite(weight).all() for weight in weights.values())
 

@@ -2,8 +2,21 @@
 
 import pytest
 
-from nha_megatron.estimate.memory import estimate_memory, exchanged_bytes, layer_activation_bytes, rank_parameters
+from nha_megatron.estimate import memory
+from nha_megatron.estimate.counts import num_parameters
+from nha_megatron.estimate.memory import estimate_memory, rank_parameters
+from nha_megatron.layers.nha.full.cost import received_bytes
 from tests.config.cases import run
+
+
+def layer_activation_bytes(config, recompute):
+    """Of the first layer."""
+    return memory.layer_activation_bytes(config, config.model.stack[0], recompute)
+
+
+def exchanged_bytes(config):
+    """What a `full` layer keeps beside those of any layer, because its context ranks exchange."""
+    return received_bytes(config.model, config.exchanges["full"][0], config.rank_shape)
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -13,7 +26,7 @@ def test_the_stages_hold_the_model_together(pipeline, tied):
     held = sum(rank_parameters(config.model, config.parallel, stage) for stage in range(pipeline))
     # A tied matrix is needed on the first and on the last stage.
     copies = config.model.padded_vocab_size * config.model.hidden_size if tied and pipeline > 1 else 0
-    assert held == config.model.num_parameters() + copies
+    assert held == num_parameters(config.model) + copies
 
 
 def test_tensor_ranks_share_matrices_and_repeat_norms():
@@ -24,7 +37,7 @@ def test_tensor_ranks_share_matrices_and_repeat_norms():
 
 
 def test_weights_gradients_and_optimizer_state_by_hand():
-    parameters = run().model.num_parameters()
+    parameters = num_parameters(run().model)
     plain = estimate_memory(run(), 1)
     assert (plain.weights, plain.gradients, plain.optimizer) == (4 * parameters, 4 * parameters, 8 * parameters)
     # bf16 weights, fp32 gradients, an fp32 copy and two moments shared by 2 data x 2 context ranks.
@@ -46,9 +59,9 @@ def test_weights_gradients_and_optimizer_state_by_hand():
 )
 def test_what_a_stage_of_zero_shards(stage, precision, expected):
     settings = {"engine": "deepspeed", "deepspeed": {"zero_optimization": {"stage": stage}}, "precision": precision}
-    memory = estimate_memory(run(training=settings, parallel={"context": 2}), 4)
-    parameters = run().model.num_parameters()
-    assert (memory.weights, memory.gradients, memory.optimizer) == tuple(count * parameters for count in expected)
+    estimate = estimate_memory(run(training=settings, parallel={"context": 2}), 4)
+    parameters = num_parameters(run().model)
+    assert (estimate.weights, estimate.gradients, estimate.optimizer) == tuple(count * parameters for count in expected)
 
 
 def test_recomputation_keeps_less():
@@ -80,7 +93,7 @@ def test_the_head_by_hand():
     split = run(model={"vocab_size": 50_000}, parallel={"tensor": 2}, training={"precision": "bf16"})
     assert estimate_memory(split, 2).head == 6 * (2 * 128 * 25_024 + 25_024 * 64) + 2 * 2 * 128 * 64
     # The first of two stages has no head, and is not the fullest one.
-    assert estimate_memory(run(model={"vocab_size": 50_000}, parallel={"pipeline": 2}), 2).stage == 1
+    assert estimate_memory(run(model={"vocab_size": 50_000}, parallel={"pipeline": 2}), 2).pipeline_stage == 1
 
 
 def test_logits_do_not_grow_with_the_sequence():
@@ -133,7 +146,7 @@ def test_the_stage_with_the_full_layers_is_the_fullest():
     sections = {"model": {"window": "16*3,full", "vocab_size": 1}, "data": {"sequence_length": 4096}}
     sections["parallel"] = {"context": 2, "pipeline": 4, "cp_comm_type": "all_gather"}
     sections["training"] = {"global_batch_size": 2}  # one micro batch, so that no stage has several in flight
-    assert estimate_memory(run(**sections), 8).stage == 3
+    assert estimate_memory(run(**sections), 8).pipeline_stage == 3
 
 
 def test_sequence_parallelism_divides_what_tensor_parallelism_repeats():
@@ -146,9 +159,9 @@ def test_sequence_parallelism_divides_what_tensor_parallelism_repeats():
 def test_the_first_stage_keeps_the_most_micro_batches():
     # 1F1B: stage 0 of 4 runs 4 forwards before its first backward; 4 micro batches of 1 layer each.
     config = run(parallel={"pipeline": 4}, model={"vocab_size": 1, "ffn_hidden_size": 1024})
-    memory = estimate_memory(config, 4)
-    assert memory.stage == 0
-    assert memory.activations == 4 * layer_activation_bytes(config, "none")
+    fullest = estimate_memory(config, 4)
+    assert fullest.pipeline_stage == 0
+    assert fullest.activations == 4 * layer_activation_bytes(config, "none")
     # Interleaved, 2 stages of 2 chunks: stage 0 runs 2 x 1 + 1 x 2 + 1 = 5 passes of a chunk of 1 layer.
     interleaved = run(parallel={"pipeline": 2, "virtual_pipeline": 2}, model={"vocab_size": 1, "ffn_hidden_size": 1024})
     assert estimate_memory(interleaved, 2).activations == 5 * layer_activation_bytes(interleaved, "none")

@@ -10,6 +10,7 @@ import torch
 
 from nha_megatron.config import load_config
 from nha_megatron.engine.layout import create_layout
+from nha_megatron.estimate.counts import num_parameters
 from nha_megatron.layers.nha.layer import NativeHybridAttention
 from nha_megatron.model.build import build_meta_model, transformer_config
 from tests.distributed import RankPool
@@ -23,7 +24,7 @@ def build_on_meta(path: str | None, model: dict[str, Any] | None = None) -> tupl
     groups = create_layout(tiny_config(), CPU).groups
     built = build_meta_model(config, groups)
     parameters = sum(parameter.numel() for parameter in built.parameters())
-    return parameters, config.model.num_parameters(), {parameter.device.type for parameter in built.parameters()}
+    return parameters, num_parameters(config.model), {parameter.device.type for parameter in built.parameters()}
 
 
 @pytest.mark.parametrize("path", CONFIGURATIONS, ids=lambda path: path.stem)
@@ -46,7 +47,7 @@ def test_every_option_is_counted(ranks: RankPool, model: dict[str, Any]) -> None
 def windows_of_stage(parallel: dict[str, Any]) -> list[tuple[int, int | None]]:
     engine = make_engine(tiny_config(parallel=parallel, model={"window": "16,full,0,7"}))
     layers = [module for chunk in engine.model_chunks for module in chunk.modules() if isinstance(module, NativeHybridAttention)]
-    return [(layer.layer_number, layer.window) for layer in layers]
+    return [(layer.layer_number, layer.options.window) for layer in layers]
 
 
 def test_windows_follow_the_layers_over_stages(ranks: RankPool) -> None:

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nha_megatron.engine.layout import create_layout
-from nha_megatron.estimate.arithmetic import LOGITS_BYTES, logit_chunk_tokens
+from nha_megatron.estimate.logits import LOGITS_BYTES, logit_chunk_tokens
 from nha_megatron.model.chunked_loss import linear_cross_entropy
 from tests.distributed import RankPool
 from tests.engine.programs import CPU, tiny_config

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.spec_utils import ModuleSpec, build_module
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -25,6 +26,7 @@ from torch import Tensor
 
 from nha_kernels import attention_statistics, nha_attention
 from nha_megatron.layers.documents import Documents
+from nha_megatron.layers.nha.config import NHAOptions
 from nha_megatron.layers.nha.context_parallel.exchange import context_parallel_attention, context_parallel_statistics
 from nha_megatron.layers.nha.full.over_ranks import full_attention_over_ranks, full_attention_statistics
 from nha_megatron.layers.norms import HeadRMSNorm, HeadsRMSNorm
@@ -45,17 +47,11 @@ class NativeHybridAttention(MegatronModule):
     Args:
         config: Megatron's configuration; head counts and sizes are read from it.
         layer_number: global, from 1.
-        window: W tokens seen exactly, None for full attention.
-        num_slots: M.
-        tau: log-gates are logsigmoid(z) / tau.
-        empty_slots: `attend`, `mask` or `weight` (see nha_kernels).
-        value_activation: `silu` or `none`.
-        output_norm: `rms`: RMSNorm(SiLU(o)) over all heads; `none`.
-        qk_norm: `rms`: RMSNorm of every query and key head; `none`.
+        options: window, slots and conventions of this layer.
         rope: inverse frequencies [rotary_dim / 2], on the CPU; rope_attention_factor: YaRN's factor.
+        exchange: of full attention over several context ranks: `a2a` or `all_gather`.
         recompute: recompute the operator (and its context-parallel exchange) in the backward instead of keeping what it saves.
         pg_collection: process groups; `.tp` and `.cp` are used.
-        cp_comm_type: of full attention over several context ranks: `a2a` or `all_gather`. Megatron passes its configuration's.
     """
 
     def __init__(
@@ -64,30 +60,21 @@ class NativeHybridAttention(MegatronModule):
         submodules: NativeHybridAttentionSubmodules,
         layer_number: int,
         *,
-        window: int | None,
-        num_slots: int,
-        tau: float,
-        empty_slots: str,
-        value_activation: str,
-        output_norm: str,
-        qk_norm: str,
+        options: NHAOptions,
         rope: Tensor,
         rope_attention_factor: float = 1.0,
+        exchange: str | None = None,
         recompute: bool = False,
         pg_collection: ProcessGroupCollection,
-        cp_comm_type: str | None = None,
-        **_: Any,  # keywords that newer Megatron versions pass to every attention: pp_layer_offset, name
+        **_: Any,  # keywords that Megatron passes to every attention: cp_comm_type, pp_layer_offset, name
     ) -> None:
         super().__init__(config=config)
         self.layer_number = layer_number
-        self.window = window
-        self.tau = tau
-        self.value_activation = value_activation
+        self.options = options
         self.recompute = recompute
+        self.exchange = exchange
         self.cp_group = pg_collection.cp
-        self.cp_comm_type = cp_comm_type
         self.tp_group = pg_collection.tp  # MegatronModule.sharded_state_dict looks for it under this name
-        self.empty_slots = empty_slots
         # Not a buffer: a bfloat16 model would round the frequencies with the weights.
         self._rope = rope
         self._rope_attention_factor = rope_attention_factor
@@ -98,7 +85,6 @@ class NativeHybridAttention(MegatronModule):
         self.head_dim = config.kv_channels
         self.queries_per_group = num_heads // num_kv_heads
         self.num_kv_heads_per_rank = num_kv_heads // tp_size
-        self.num_slots = num_slots
 
         column: dict[str, Any] = {"config": config, "init_method": config.init_method, "gather_output": False, "tp_group": self.tp_group}
         # Rows are grouped by KV head, [q ... q k v | q ... q k v | ...]: a slice over TP ranks is a slice of heads, at any TP size.
@@ -116,7 +102,7 @@ class NativeHybridAttention(MegatronModule):
         self.linear_gate = build_module(
             submodules.linear_gate,
             config.hidden_size,
-            num_kv_heads * num_slots,
+            num_kv_heads * options.num_slots,
             bias=False,
             skip_bias_add=False,
             tp_comm_buffer_name="gate",
@@ -135,9 +121,9 @@ class NativeHybridAttention(MegatronModule):
             tp_group=self.tp_group,
         )
         eps = config.layernorm_epsilon
-        self.q_layernorm = HeadRMSNorm(config, self.head_dim, eps, self.tp_group) if qk_norm == "rms" else None
-        self.k_layernorm = HeadRMSNorm(config, self.head_dim, eps, self.tp_group) if qk_norm == "rms" else None
-        self.output_norm = HeadsRMSNorm(config, num_heads * self.head_dim, eps, self.tp_group) if output_norm == "rms" else None
+        self.q_layernorm = HeadRMSNorm(config, self.head_dim, eps, self.tp_group) if options.qk_norm == "rms" else None
+        self.k_layernorm = HeadRMSNorm(config, self.head_dim, eps, self.tp_group) if options.qk_norm == "rms" else None
+        self.output_norm = HeadsRMSNorm(config, num_heads * self.head_dim, eps, self.tp_group) if options.output_norm == "rms" else None
 
         # Set to True, the next forward leaves attention_statistics of its batch (scalars on the device: slot_share, mean_decay,
         # write_strength) in `statistics` and sets it back. Under context parallelism all ranks of the group must set it.
@@ -160,10 +146,10 @@ class NativeHybridAttention(MegatronModule):
         q, k, v = self._split_heads(qkv)
         if self.q_layernorm is not None and self.k_layernorm is not None:
             q, k = self.q_layernorm(q), self.k_layernorm(k)
-        if self.value_activation == "silu":
+        if self.options.value_activation == "silu":
             v = F.silu(v)
-        g = F.logsigmoid(z.float()) / self.tau
-        g = g.unflatten(-1, (self.num_kv_heads_per_rank, self.num_slots))
+        g = F.logsigmoid(z.float()) / self.options.tau
+        g = g.unflatten(-1, (self.num_kv_heads_per_rank, self.options.num_slots))
 
         s, b = q.shape[:2]
         q, k, v, g = (x.transpose(0, 1) for x in (q, k, v, g))  # the operator wants [batch, tokens, ...]
@@ -189,12 +175,12 @@ class NativeHybridAttention(MegatronModule):
         return q.flatten(-3, -2), k.squeeze(-2), v.squeeze(-2)
 
     def _operator(self, q: Tensor, k: Tensor, v: Tensor, g: Tensor, documents: Documents | None) -> Tensor:
-        over_ranks = context_parallel_attention if self.window is not None else full_attention_over_ranks
+        over_ranks = context_parallel_attention if self.options.window is not None else full_attention_over_ranks
         return self._call(nha_attention, over_ranks, q, k, v, g, documents)
 
     @torch.no_grad()
     def _measure(self, q: Tensor, k: Tensor, v: Tensor, g: Tensor, documents: Documents | None) -> dict[str, Tensor]:
-        over_ranks = context_parallel_statistics if self.window is not None else full_attention_statistics
+        over_ranks = context_parallel_statistics if self.options.window is not None else full_attention_statistics
         return self._call(attention_statistics, over_ranks, q, k, v, g, documents)
 
     def _call(self, on_one_rank: Any, over_ranks: Any, q: Tensor, k: Tensor, v: Tensor, g: Tensor, documents: Documents | None) -> Any:
@@ -204,14 +190,25 @@ class NativeHybridAttention(MegatronModule):
         options: dict[str, Any] = {
             "rope": self._rope,
             "rope_attention_factor": self._rope_attention_factor,
-            "empty_slots": self.empty_slots,
+            "empty_slots": self.options.empty_slots,
         }
         if self.cp_group.size() > 1:
-            options |= {"exchange": self.cp_comm_type} if self.window is None else {"window": self.window}
+            options |= {"exchange": self.exchange} if self.options.window is None else {"window": self.options.window}
             boundaries = None if documents is None else documents.boundaries
             return over_ranks(q, k, v, g, group=self.cp_group, cu_seqlens=boundaries, **options)
-        options["window"] = self.window
+        options["window"] = self.options.window
         if documents is None:
             return on_one_rank(q, k, v, g, **options)
         rows = (x.reshape(1, -1, *x.shape[2:]) for x in (q, k, v, g))  # documents of all rows lie one after another
         return on_one_rank(*rows, cu_seqlens=documents.cu_seqlens, **options)
+
+
+def attention_spec(options: NHAOptions, **arguments: Any) -> ModuleSpec:
+    """Native Hybrid Attention with Megatron's parallel linear layers; `arguments` as `NativeHybridAttention`."""
+    return ModuleSpec(
+        module=NativeHybridAttention,
+        params={"options": options, **arguments},
+        submodules=NativeHybridAttentionSubmodules(
+            linear_qkv=ColumnParallelLinear, linear_gate=ColumnParallelLinear, linear_proj=RowParallelLinear
+        ),
+    )

@@ -10,8 +10,9 @@ import torch
 import torch.distributed as dist
 
 from nha_megatron.config import ConfigError, ModelConfig
-from nha_megatron.estimate.arithmetic import context_parallel_bytes
+from nha_megatron.layers.kind import RankShape
 from nha_megatron.layers.nha.context_parallel import messages
+from nha_megatron.layers.nha.context_parallel.cost import context_parallel_bytes
 from nha_megatron.layers.nha.context_parallel.exchange import context_parallel_attention, context_parallel_statistics, fetch_memory
 from nha_megatron.layers.nha.context_parallel.plan import plan_context_parallel
 from tests.distributed import RankPool
@@ -254,10 +255,11 @@ def test_bytes_sent_are_those_of_the_cost_arithmetic_and_do_not_grow_with_the_sh
     for shard in (5, 50):
         case = Case(3, 3 * shard, window=3, slots=4, dtype=torch.bfloat16)  # every part of a message is a multiple of 16 bytes
         sizes = [sizes for _, sizes in ranks.run(3, record_collectives, case=case, layers=1)]
+        rank = RankShape(sequence_length=3 * shard, context=3)
         forward, backward = sizes[1]  # every rank sends halo and slots in one message
-        assert forward == context_parallel_bytes(model, 3, shard, 3, element_bytes=2)
+        assert forward == context_parallel_bytes(model, 4, 3, rank)
         # The backward returns the halo and gathers one set of slots instead of two pieces.
-        assert forward - backward == context_parallel_bytes(model, 0, shard, 3, element_bytes=2)
+        assert forward - backward == context_parallel_bytes(model, 4, 0, rank)
         assert sizes[0] == sizes[2] == sizes[1]
 
 

@@ -12,7 +12,8 @@ import torch
 import torch.distributed as dist
 
 from nha_megatron.config import ConfigError, ModelConfig
-from nha_megatron.config.full_layers import exchange_bytes
+from nha_megatron.layers.kind import RankShape
+from nha_megatron.layers.nha.full.cost import exchange_bytes
 from nha_megatron.layers.nha.full.over_ranks import full_attention_over_ranks
 from tests.distributed import RankPool
 from tests.layers.nha.context_parallel_cases import Case, Results, assert_close, join_shards, on_one_rank
@@ -196,7 +197,7 @@ def test_bytes_sent_are_those_of_the_cost_arithmetic(ranks: RankPool, kv_heads: 
     case = full(2, shard=6, kv_heads=kv_heads, group_size=4 // kv_heads, dtype=torch.bfloat16)
     calls = {"a2a": 2, "all_gather": 3}[exchange]
     for _, sizes in ranks.run(2, record_collectives, case=case, exchange=exchange):
-        assert sum(sizes[:calls]) == exchange_bytes(model, exchange, 6, 2, element_bytes=2)
+        assert sum(sizes[:calls]) == exchange_bytes(model, exchange, RankShape(sequence_length=12, context=2))
 
 
 def refusal_on_this_rank(exchange: str, **changes: Any) -> str:

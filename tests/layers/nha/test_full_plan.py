@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nha_megatron.config import ConfigError
-from nha_megatron.config.full_layers import choose_exchange, kv_copies
+from nha_megatron.layers.nha.full.cost import choose_exchange, kv_copies
 from nha_megatron.layers.nha.full.plan import QueryHalves, QueryRun, plan_query_halves
 from tests.layers.nha.context_parallel_cases import layouts
 

@@ -59,7 +59,7 @@ def by_hand(layer: NativeHybridAttention, hidden: Tensor, model: dict[str, Any])
         g = F.logsigmoid(F.linear(row, weights["linear_gate.weight"])).view(1, -1, 2, 6) / 8.0
         rope = 10000.0 ** (-torch.arange(0, 16, 2, dtype=torch.float64) / 16)
         out = nha_attention(
-            q, k, v, g, window=layer.window, rope=rope, empty_slots=model.get("empty_slots", "attend"), backend="reference"
+            q, k, v, g, window=layer.options.window, rope=rope, empty_slots=model.get("empty_slots", "attend"), backend="reference"
         ).flatten(2)
         if model.get("output_norm", "rms") == "rms":
             out = rms(F.silu(out), weights["output_norm.weight"])

@@ -42,7 +42,7 @@ def forward_and_backward_without_waiting(context: int, exchange: str, recompute:
                 except RuntimeError as error:
                     if "synchronizing" not in str(error):
                         raise
-                    waited.append(f"window {layer.window}, documents {edges}: {error}")
+                    waited.append(f"window {layer.options.window}, documents {edges}: {error}")
                 finally:
                     torch.cuda.set_sync_debug_mode("default")
     return waited

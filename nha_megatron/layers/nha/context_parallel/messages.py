@@ -19,8 +19,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from nha_kernels.conventions import accumulation_dtype
-from nha_megatron.estimate.arithmetic import packs_halo
 
+from .cost import packs_halo
 from .plan import ContextParallelPlan
 
 Tokens = tuple[Tensor, Tensor, Tensor]  # keys, values, log-gates [B, N, H, .]

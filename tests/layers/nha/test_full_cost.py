@@ -10,21 +10,21 @@ HYBRID = {"window": "16*3,full"}  # 4 query heads, 2 KV heads
 
 
 def test_heads_are_exchanged_where_they_divide_and_keys_gathered_elsewhere():
-    assert run(model=HYBRID, parallel={"context": 4}).full_layer_exchange == (
+    assert run(model=HYBRID, parallel={"context": 4}).exchanges["full"] == (
         "a2a",
         "the 4 query heads of a tensor rank divide over 4 context ranks",
     )
-    assert run(model=HYBRID, parallel={"context": 4, "tensor": 2}).full_layer_exchange == (
+    assert run(model=HYBRID, parallel={"context": 4, "tensor": 2}).exchanges["full"] == (
         "all_gather",
         "the 2 query heads of a tensor rank do not divide over 4 context ranks",
     )
-    asked = run(model=HYBRID, parallel={"context": 4, "cp_comm_type": "all_gather"}).full_layer_exchange
-    assert asked is not None and asked[0] == "all_gather" and "asks for it" in asked[1]
+    asked = run(model=HYBRID, parallel={"context": 4, "cp_comm_type": "all_gather"}).exchanges["full"]
+    assert asked[0] == "all_gather" and "asks for it" in asked[1]
 
 
 @pytest.mark.parametrize("sections", [{"model": HYBRID}, {"parallel": {"context": 2, "cp_comm_type": "a2a"}}])
 def test_nothing_is_exchanged_without_full_layers_or_context_ranks(sections):
-    assert run(**sections).full_layer_exchange is None
+    assert run(**sections).exchanges == {}
 
 
 def test_a2a_is_refused_where_heads_do_not_divide():

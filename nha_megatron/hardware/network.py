@@ -9,7 +9,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from nha_megatron.config.errors import ConfigError
+from nha_megatron.config.base import ConfigError
 
 Gather = Literal["ring", "doubling"]
 

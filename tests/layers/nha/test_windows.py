@@ -1,7 +1,6 @@
 import pytest
 
 from nha_megatron.config import ConfigError, parse_windows
-from nha_megatron.config.windows import describe_windows
 from tests.config.cases import model
 
 
@@ -55,8 +54,4 @@ def test_a_pattern_far_longer_than_the_depth_is_refused_without_being_written_ou
 
 
 def test_the_model_knows_the_window_of_every_layer():
-    assert model(window="16*3,full").windows == (16, 16, 16, None)
-
-
-def test_windows_are_described_in_runs():
-    assert describe_windows((64, 64, None, 0)) == "2 x 64, full, 0"
+    assert [layer.options.window for layer in model(window="16*3,full").stack] == [16, 16, 16, None]

@@ -7,10 +7,9 @@ all_gather  every rank gets all keys and values; halves of the queries change pl
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
-if TYPE_CHECKING:
-    from .model import ModelConfig
+from nha_megatron.layers.kind import ModelShape, RankShape
 
 Exchange = Literal["a2a", "all_gather"]
 
@@ -38,25 +37,27 @@ def kv_copies(heads: int, kv_heads: int, ranks: int) -> int:
     return group // math.gcd(heads // ranks, group)
 
 
-def exchange_bytes(
-    model: ModelConfig,
-    exchange: Exchange,
-    shard_length: int,
-    ranks: int,
-    *,
-    tensor: int = 1,
-    micro_batch_size: int = 1,
-    element_bytes: int = 2,
-) -> int:
+def exchange_bytes(model: ModelShape, exchange: Exchange, rank: RankShape) -> int:
     """Bytes that a context rank hands out in the forward of one full layer; the backward hands out as many.
 
-    A message to itself is not counted; of an all-gather its own part is, once, as in `context_parallel_bytes`.
+    A message to itself is not counted; of an all-gather its own part is, once, as in `context_parallel/cost.py`.
     """
+    ranks = rank.context
     if ranks == 1:
         return 0
-    heads, kv_heads = model.num_heads // tensor, model.num_kv_heads // tensor
+    heads, kv_heads = model.num_heads // rank.tensor, model.num_kv_heads // rank.tensor
     if exchange == "a2a":
         rows = 2 * heads + 2 * kv_heads * kv_copies(heads, kv_heads, ranks)
-        return micro_batch_size * shard_length * rows * (ranks - 1) // ranks * model.head_dim * element_bytes
-    rows = 2 * kv_heads * shard_length + 2 * heads * (shard_length // 2)
-    return micro_batch_size * rows * model.head_dim * element_bytes
+        return rank.micro_batch_size * rank.shard_length * rows * (ranks - 1) // ranks * model.head_dim * rank.element_bytes
+    rows = 2 * kv_heads * rank.shard_length + 2 * heads * (rank.shard_length // 2)
+    return rank.micro_batch_size * rows * model.head_dim * rank.element_bytes
+
+
+def received_bytes(model: ModelShape, exchange: Exchange, rank: RankShape) -> int:
+    """Bytes that the exchange brought and the backward needs: queries, and keys and values of whole sequences (a2a: of some heads)."""
+    heads, kv_heads = model.num_heads // rank.tensor, model.num_kv_heads // rank.tensor
+    if exchange == "a2a":
+        rows = heads + 2 * kv_heads * kv_copies(heads, kv_heads, rank.context)
+    else:
+        rows = heads + 2 * kv_heads * rank.context
+    return rank.tokens * rows * model.head_dim * rank.element_bytes

@@ -14,40 +14,13 @@ The host is taken to be ahead of the device. One sequence, unpacked, no tensor p
 
 from __future__ import annotations
 
-from bisect import bisect_left
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING
 
-from nha_megatron.config.errors import ConfigError
-from nha_megatron.config.full_layers import choose_exchange, exchange_bytes
-
-from .arithmetic import STATE_BYTES, context_parallel_bytes, context_parallel_pieces, packs_halo
-from .network import Gather, Network, require_positive
-
-if TYPE_CHECKING:
-    from nha_megatron.config.model import ModelConfig
-
-
-@dataclass(frozen=True)
-class MeasuredTimes:
-    """Milliseconds measured at some numbers of tokens; straight lines between them, the first and the last continued beyond."""
-
-    tokens: tuple[int, ...]
-    milliseconds: tuple[float, ...]
-
-    def __post_init__(self) -> None:
-        if len(self.tokens) < 2 or len(self.tokens) != len(self.milliseconds):
-            raise ConfigError(f"{len(self.tokens)} lengths with {len(self.milliseconds)} times: give at least two, one time for each")
-        if any(later <= earlier for earlier, later in zip((0, *self.tokens), self.tokens, strict=False)):
-            raise ConfigError(f"lengths {list(self.tokens)} of measured times do not increase from one token on")
-        for time in self.milliseconds:
-            require_positive("measured time in milliseconds", time)
-
-    def at(self, tokens: float) -> float:
-        """Milliseconds for so many tokens; never below zero."""
-        right = min(max(bisect_left(self.tokens, tokens), 1), len(self.tokens) - 1)
-        (x0, x1), (y0, y1) = self.tokens[right - 1 : right + 1], self.milliseconds[right - 1 : right + 1]
-        return max(y0 + (y1 - y0) * (tokens - x0) / (x1 - x0), 0.0)
+from nha_megatron.hardware.measured import MeasuredTimes
+from nha_megatron.hardware.network import Gather, Network, require_positive
+from nha_megatron.layers.kind import ConfigError, RankShape
+from nha_megatron.layers.nha.config import NHAFields
+from nha_megatron.layers.nha.context_parallel.cost import STATE_BYTES, context_parallel_pieces, halo_bytes, packs_halo, summary_bytes
 
 
 @dataclass(frozen=True)
@@ -96,7 +69,7 @@ class LayerCost:
 
 
 def nha_layer_cost(
-    model: ModelConfig,
+    model: NHAFields,
     window: int,
     shard_length: int,
     ranks: int,
@@ -111,7 +84,7 @@ def nha_layer_cost(
     Raises:
         ConfigError: no tokens or ranks, or a window that is wider than a shard (its halo comes from several ranks, which is not modelled).
     """
-    _check_shards(shard_length, ranks)
+    check_shards(shard_length, ranks)
     if not 0 <= window <= shard_length:
         raise ConfigError(f"window {window} with {shard_length} tokens a rank: the cost is modelled for windows from 0 to a shard")
     operator = rates.operator.at(shard_length)
@@ -119,8 +92,9 @@ def nha_layer_cost(
         return LayerCost(operator, 0.0, 0.0, 0.0, 0.0, 0.0)
 
     pieces = context_parallel_pieces(window, shard_length, ranks)
-    one_piece = context_parallel_bytes(model, 0, shard_length, ranks, element_bytes=element_bytes)
-    halo = context_parallel_bytes(model, window, shard_length, ranks, element_bytes=element_bytes) - pieces * one_piece
+    rank = RankShape(context=ranks, sequence_length=ranks * shard_length, element_bytes=element_bytes)
+    one_piece = summary_bytes(model, model.num_slots, rank)
+    halo = halo_bytes(model, model.num_slots, window, rank)
     shifted = window % shard_length
     lengths = (shard_length - shifted, shifted)[:pieces]
     if packs_halo(halo, window, shard_length, ranks):
@@ -140,7 +114,7 @@ def nha_layer_cost(
     )
 
 
-def copied_bytes(model: ModelConfig, element_bytes: int = 2) -> int:
+def copied_bytes(model: NHAFields, element_bytes: int = 2) -> int:
     """Bytes a token that are read and written to lay keys, values and log-gates behind the memory."""
     return 2 * model.num_kv_heads * (2 * model.head_dim * element_bytes + model.num_slots * STATE_BYTES)
 
@@ -157,26 +131,7 @@ def composition_bytes(one_piece: int, pieces: int, ranks: int) -> int:
     return 3 * one_piece * ((1 + pieces) * pieces * ranks + pieces * ranks)
 
 
-def full_layer_ms(
-    model: ModelConfig, shard_length: int, ranks: int, operator: MeasuredTimes, network: Network, *, element_bytes: int = 2
-) -> float:
-    """Milliseconds of a `full` layer, forward and backward, in the exchange that is chosen for its heads: even work and exchange.
-
-    operator: measured for whole sequences on one rank. Beyond the longest the time grows with the square of the length.
-    """
-    _check_shards(shard_length, ranks)
-    whole, longest = shard_length * ranks, operator.tokens[-1]
-    alone = operator.at(whole) if whole <= longest else operator.milliseconds[-1] * (whole / longest) ** 2
-    exchange, _ = choose_exchange("auto", model.num_heads, ranks)
-    sent = exchange_bytes(model, exchange, shard_length, ranks, element_bytes=element_bytes)
-    if exchange == "a2a":  # queries with keys and values, and outputs; the same backward
-        return alone / ranks + 2 * network.all_to_all_ms(sent, ranks)
-    keys = 2 * model.num_kv_heads * shard_length * model.head_dim * element_bytes
-    halves = sent - keys  # second halves of queries and of outputs, to one partner
-    keys_ms = network.all_gather_ms(keys, ranks) + network.all_to_all_ms((ranks - 1) * keys, ranks)
-    return alone / ranks + keys_ms + 2 * network.neighbour_ms(halves, ranks)
-
-
-def _check_shards(shard_length: int, ranks: int) -> None:
+def check_shards(shard_length: int, ranks: int) -> None:
+    """Raises `ConfigError` unless there are tokens and ranks."""
     if shard_length < 1 or ranks < 1:
         raise ConfigError(f"{ranks} ranks with {shard_length} tokens each: give at least one of both")

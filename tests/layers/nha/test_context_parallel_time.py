@@ -6,15 +6,10 @@ from dataclasses import replace
 import pytest
 
 from nha_megatron.config import ConfigError, ModelConfig
-from nha_megatron.estimate.context_parallel_time import (
-    LayerRates,
-    MeasuredTimes,
-    composition_bytes,
-    copied_bytes,
-    full_layer_ms,
-    nha_layer_cost,
-)
-from nha_megatron.estimate.network import Link, Network
+from nha_megatron.hardware.measured import MeasuredTimes
+from nha_megatron.hardware.network import Link, Network
+from nha_megatron.layers.nha.context_parallel.time import LayerRates, composition_bytes, copied_bytes, nha_layer_cost
+from nha_megatron.layers.nha.full.time import full_layer_ms
 
 MODEL = ModelConfig(
     num_layers=1, hidden_size=4096, ffn_hidden_size=1, num_heads=32, num_kv_heads=8, head_dim=128, num_slots=64, vocab_size=1

@@ -1,14 +1,16 @@
-"""Layer placement as a short string: which window every layer has."""
+"""`model.window`: which window every layer has, as a short string."""
 
 import re
+from functools import lru_cache
 
-from .errors import ConfigError
+from nha_megatron.config.base import ConfigError
 
 _ITEM = re.compile(r"(?P<size>full|[0-9]+)(?:\*(?P<count>[0-9]+))?")
 _GRAMMAR = 'a pattern is a comma-separated list of SIZE or SIZE*COUNT, where SIZE is a number of tokens or "full", such as "64*7,full"'
 MAX_WINDOW = 2**31 - 1
 
 
+@lru_cache(maxsize=64)
 def parse_windows(pattern: int | str, num_layers: int) -> tuple[int | None, ...]:
     """Window of every layer in tokens, the current token included; None stands for global (`full`) attention, 0 for slots alone.
 
@@ -48,13 +50,6 @@ def parse_windows(pattern: int | str, num_layers: int) -> tuple[int | None, ...]
     return tuple(window for window, count in runs for _ in range(count)) * (num_layers // length)
 
 
-def describe_windows(windows: tuple[int | None, ...]) -> str:
-    """Short text for a report, runs of equal layers joined: `7 x 64, full, 7 x 64, full`."""
-    parts: list[str] = []
-    start = 0
-    for end in range(1, len(windows) + 1):
-        if end == len(windows) or windows[end] != windows[start]:
-            name = "full" if windows[start] is None else str(windows[start])
-            parts.append(name if end - start == 1 else f"{end - start} x {name}")
-            start = end
-    return ", ".join(parts)
+def describe_window(window: int | None) -> str:
+    """As it stands in a pattern."""
+    return "full" if window is None else str(window)

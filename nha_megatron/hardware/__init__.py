@@ -1,0 +1,1 @@
+"""What chips and networks can do, as numbers. Without torch."""
