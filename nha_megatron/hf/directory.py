@@ -2,7 +2,7 @@
 
 config.json, generation_config.json
 model.safetensors or model-0000i-of-0000n.safetensors, and model.safetensors.index.json in both cases
-configuration_nha.py, modeling_nha.py     loaded with trust_remote_code=True; needs torch and transformers alone
+the family's code                         loaded with trust_remote_code=True; needs torch and transformers alone
 tokenizer files, where a tokenizer is given
 """
 
@@ -18,13 +18,9 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import GenerationConfig
+from transformers import GenerationConfig, PretrainedConfig
 
 from nha_megatron.config import ConfigError
-from nha_megatron.hf import configuration_nha
-from nha_megatron.hf.configs import AUTO_MAP
-from nha_megatron.hf.configuration_nha import NHAConfig
-from nha_megatron.hf.modeling_source import modeling_source
 
 INDEX = "model.safetensors.index.json"
 MAX_SHARD_BYTES = 5 * 10**9
@@ -56,10 +52,11 @@ def require_writable(directory: Path, overwrite: bool) -> None:
 
 def write_directory(
     directory: Path,
-    config: NHAConfig,
+    config: PretrainedConfig,
     weights: Mapping[str, Tensor],
     *,
     dtype: torch.dtype,
+    code: Mapping[str, str],
     tokenizer: Path | None = None,
     overwrite: bool = False,
     max_shard_bytes: int = MAX_SHARD_BYTES,
@@ -68,6 +65,7 @@ def write_directory(
 
     Args:
         weights: by Hugging Face name; converted to `dtype` shard by shard.
+        code: text of the files by name that transformers loads with trust_remote_code=True.
         tokenizer: directory to copy tokenizer files from.
 
     Raises:
@@ -75,13 +73,12 @@ def write_directory(
     """
     require_writable(directory, overwrite)
     with _written_aside(directory) as aside:
-        config.auto_map = dict(AUTO_MAP)
         config.dtype = dtype
         config.save_pretrained(aside)
         _generation_config(config).save_pretrained(aside)
         write_safetensors(aside, weights, dtype, max_shard_bytes)
-        shutil.copyfile(configuration_nha.__file__, aside / "configuration_nha.py")
-        (aside / "modeling_nha.py").write_text(modeling_source(), encoding="utf-8")
+        for name, text in code.items():
+            (aside / name).write_text(text, encoding="utf-8")
         if tokenizer is not None:
             for name in TOKENIZER_FILES:
                 if (tokenizer / name).is_file():
@@ -116,7 +113,7 @@ def split_into_shards(sizes: Mapping[str, int], max_bytes: int) -> list[list[str
     return shards
 
 
-def _generation_config(config: NHAConfig) -> GenerationConfig:
+def _generation_config(config: PretrainedConfig) -> GenerationConfig:
     eos = config.eos_token_id
     # Without a padding token of its own the model pads finished rows with end-of-text. That is a matter of generation only: as
     # config.pad_token_id it would mark a token that the model must learn.

@@ -11,9 +11,10 @@ from tokenizers import Tokenizer
 from nha_megatron.checkpoint import load_weights_full, read_manifest, resolve
 from nha_megatron.config import ConfigError, parse_config
 from nha_megatron.data.tokenizer import load_tokenizer
-from nha_megatron.hf.configs import to_hf_config
 from nha_megatron.hf.directory import MAX_SHARD_BYTES, require_writable, write_directory
-from nha_megatron.hf.mapping import to_hf
+from nha_megatron.hf.families.nha.export import code_files, to_hf_config
+from nha_megatron.hf.families.nha.family import FAMILY, require_exportable
+from nha_megatron.hf.weight_table import to_hf
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -47,15 +48,23 @@ def export_to_hf(
     directory = resolve(checkpoint)
     manifest = read_manifest(directory)
     config = parse_config(manifest.config, source=f"the configuration in checkpoint {directory}")
+    require_exportable(config.model)
     source = tokenizer if tokenizer is not None else config.data.tokenizer
     tokenizer_directory = Path(source) if with_tokenizer and source is not None else None
     tokens = {} if tokenizer_directory is None else special_tokens(tokenizer_directory, config.model.vocab_size)
     written = DTYPES[dtype or config.training.precision]
     stage = config.stage_at(manifest.step)  # a run in stages: the length that it has come to
     hf_config = to_hf_config(config.model, sequence_length=stage.config.data.sequence_length, dtype=written, tokens=tokens)
-    weights = to_hf(load_weights_full(directory), config.model)
+    weights = to_hf(load_weights_full(directory), FAMILY.entries(config.model), config.model)
     write_directory(
-        out, hf_config, weights, dtype=written, tokenizer=tokenizer_directory, overwrite=overwrite, max_shard_bytes=max_shard_bytes
+        out,
+        hf_config,
+        weights,
+        dtype=written,
+        code=code_files(config.model),
+        tokenizer=tokenizer_directory,
+        overwrite=overwrite,
+        max_shard_bytes=max_shard_bytes,
     )
     return directory
 

@@ -10,13 +10,13 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from nha_megatron.config import ConfigError, ModelConfig
-from nha_megatron.hf.configs import read_hf_config, require_same_architecture
 from nha_megatron.hf.directory import INDEX
-from nha_megatron.hf.mapping import from_hf
+from nha_megatron.hf.families import read_directory
+from nha_megatron.hf.weight_table import from_hf
 
 
 def load_hf_weights(directory: str | Path, model: ModelConfig) -> dict[str, Tensor]:
-    """Full tensors by GPTModel name, from a directory that this project exported. Safetensors only; nothing is executed.
+    """Full tensors by GPTModel name, from a directory of a family that is known (`hf/families/`). Safetensors only; nothing is executed.
 
     Windows, `empty_slots` and RoPE may differ from those that the weights were trained with; the rest of the architecture may not.
 
@@ -24,7 +24,10 @@ def load_hf_weights(directory: str | Path, model: ModelConfig) -> dict[str, Tens
         ConfigError: another kind of model or architecture, missing or damaged files.
     """
     directory = Path(directory)
-    require_same_architecture(read_hf_config(directory), model, directory)
+    family, theirs = read_directory(directory)
+    differences = family.differences(theirs, model)
+    if differences:
+        raise ConfigError(f"the weights in {directory} belong to another model: {'; '.join(differences)}")
     weights: dict[str, Tensor] = {}
     for file in _weight_files(directory):
         try:
@@ -33,7 +36,7 @@ def load_hf_weights(directory: str | Path, model: ModelConfig) -> dict[str, Tens
             raise ConfigError(f"{directory}: {file} is missing, which the index names. Export or copy the directory again") from None
         except (SafetensorError, OSError) as error:
             raise ConfigError(f"{directory / file} cannot be read: {error}. Export or copy the directory again") from None
-    return from_hf(weights, model)
+    return from_hf(weights, family.entries(model), model)
 
 
 def _weight_files(directory: Path) -> list[str]:

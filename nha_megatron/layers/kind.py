@@ -103,6 +103,12 @@ class LayerKind(ABC):
     section: ClassVar[type[Section] | None] = None
     """Fields of `model.<name>`, all with defaults; None where the kind needs none."""
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Another process takes its own object of that name."""
+        from nha_megatron.layers.registry import kind_named
+
+        return kind_named, (self.name,)
+
     # Configuration
 
     @abstractmethod

@@ -86,7 +86,7 @@ def train(
             lr = learning_rate(step - stage.schedule_begins, stage.config.optimizer, stage.config.training.steps)
             measure_layers = _due(step, config.logging.layer_statistics, total)
             if measure_layers:
-                layer_statistics.request(engine.model_chunks)
+                layer_statistics.request(engine.model_chunks, config.model.stack)
             report_ranks = _due(step, config.logging.every, total)
             if report_ranks:
                 clock.start()
@@ -118,7 +118,7 @@ def train(
                 warnings.append(warning)
             record["memory"] = max(ranks.memory, memory_high_water(layout.device))
             if measure_layers:
-                record |= layer_statistics.collect(engine.model_chunks, config.model.num_layers, layout.device)
+                record |= layer_statistics.collect(engine.model_chunks, config.model.stack, layout.device)
             if _due(step, config.training.validate_every, total):
                 watch.enter(step, "validation")
                 record["validation_loss"] = evaluate(engine, data, config.training.validate_batches)

@@ -14,7 +14,8 @@
     validation_loss    only on steps that end with an evaluation
     slowest_rank, slowest_host, slowest_ratio   once a logging interval, with several ranks: who works longest between collectives, and how
                        many times as long as the others (slow_ranks.py)
-    slot_share, mean_decay, write_strength   lists, one entry a layer; only on steps that were asked for
+    slot_share, ...    what layer kinds measure (LayerKind.statistics): lists, one entry a layer, null where its kind measures no such
+                       thing; only on steps that were asked for
 
 Only one rank holds these objects; the others get `None` instead of a log.
 """
@@ -144,7 +145,7 @@ def flatten(record: dict[str, Any]) -> dict[str, float]:
     flat: dict[str, float] = {}
     for name, value in record.items():
         if isinstance(value, list):
-            flat.update({f"{name}/layer_{layer:03d}": number for layer, number in enumerate(value)})
+            flat.update({f"{name}/layer_{layer:03d}": number for layer, number in enumerate(value) if number is not None})
         elif not isinstance(value, str):
             flat[name] = value
     return flat

@@ -58,7 +58,7 @@ def test_overrides_are_applied_in_order_and_read_as_yaml(base):
     assert config.optimizer.lr == 3e-4 and isinstance(config.optimizer.lr, float)
     assert config.optimizer.betas == (0.8, 0.9)
     assert config.parallel.context == 2
-    assert config.model.windows == (16, 16, 16, 8)
+    assert [layer.options.window for layer in config.model.stack] == [16, 16, 16, 8]
     assert config.model.rope_scaling == {"rope_type": "linear", "factor": 4}
     assert [(entry.path, entry.weight) for entry in config.data.training_blend] == [("a", 2), ("b=c", 1.5)]
     assert config.data.tokenizer is None

@@ -6,9 +6,10 @@ import torch
 from torch import Tensor
 
 from nha_megatron.config import ModelConfig
-from nha_megatron.hf.configs import to_hf_config
-from nha_megatron.hf.mapping import entries, to_hf
-from nha_megatron.hf.modeling_nha import NHAForCausalLM
+from nha_megatron.hf.families.nha.export import to_hf_config
+from nha_megatron.hf.families.nha.family import FAMILY
+from nha_megatron.hf.families.nha.modeling_nha import NHAForCausalLM
+from nha_megatron.hf.weight_table import to_hf
 
 # Every branch of the layer is taken by one of these.
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -30,7 +31,7 @@ def random_weights(model: ModelConfig, seed: int = 0) -> dict[str, Tensor]:
     """Full GPTModel weights, far from initialisation so that every weight matters; padding rows of the vocabulary are zero."""
     generator = torch.Generator().manual_seed(seed)
     weights = {}
-    for entry in entries(model):
+    for entry in FAMILY.entries(model):
         noise = torch.randn(entry.shape, generator=generator)
         is_norm = "norm" in entry.ours
         weights[entry.ours] = 1 + 0.2 * noise if is_norm else 0.3 * noise
@@ -42,7 +43,7 @@ def random_weights(model: ModelConfig, seed: int = 0) -> dict[str, Tensor]:
 def hf_model(model: ModelConfig, seed: int = 0) -> NHAForCausalLM:
     """The Hugging Face model in evaluation mode with `random_weights`."""
     hf = NHAForCausalLM(to_hf_config(model, sequence_length=64, tokens={"eos_token_id": 0, "pad_token_id": 1}))
-    weights = to_hf(random_weights(model, seed), model)
+    weights = to_hf(random_weights(model, seed), FAMILY.entries(model), model)
     missing = hf.load_state_dict(weights, strict=False)
     assert set(missing.missing_keys) <= {"lm_head.weight"} and not missing.unexpected_keys
     hf.tie_weights()

@@ -16,10 +16,11 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 import nha_kernels
 from nha_megatron.config import ConfigError, ModelConfig
 from nha_megatron.data.tokenizer import train_byte_level_bpe
-from nha_megatron.hf.configs import to_hf_config
 from nha_megatron.hf.directory import require_writable, split_into_shards, write_directory
+from nha_megatron.hf.families.nha.export import code_files, to_hf_config
+from nha_megatron.hf.families.nha.family import FAMILY
 from nha_megatron.hf.import_ import load_hf_weights
-from nha_megatron.hf.mapping import to_hf
+from nha_megatron.hf.weight_table import to_hf
 from tests.hf.hf_cases import VARIANTS, hf_model, random_tokens, random_weights, tiny_model
 
 # A fresh interpreter in which neither of our packages can be imported.
@@ -55,7 +56,8 @@ def _offline(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 def export(directory: Path, model: ModelConfig, **options) -> None:
     config = to_hf_config(model, sequence_length=64, tokens={"eos_token_id": 0, "pad_token_id": 1})
-    write_directory(directory, config, to_hf(random_weights(model), model), **{"dtype": torch.float32, **options})
+    weights = to_hf(random_weights(model), FAMILY.entries(model), model)
+    write_directory(directory, config, weights, **{"dtype": torch.float32, "code": code_files(model), **options})
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -114,7 +116,7 @@ def test_weights_have_an_index_in_one_shard_and_in_several(limit: int, several: 
         with safe_open(tmp_path / "out" / file, "pt") as shard:
             assert name in shard.keys()  # noqa: SIM118 (not a dict)
             assert shard.metadata() == {"format": "pt"}
-    weights = to_hf(random_weights(model), model)
+    weights = to_hf(random_weights(model), FAMILY.entries(model), model)
     assert index["weight_map"].keys() == weights.keys()
     assert index["metadata"]["total_size"] == sum(4 * weight.numel() for weight in weights.values())
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out", trust_remote_code=True)

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from nha_megatron.hf.export import export_to_hf
-from nha_megatron.hf.modeling_nha import NHAForCausalLM
+from nha_megatron.hf.families.nha.modeling_nha import NHAForCausalLM
 from tests.distributed import RankPool
 from tests.hf.hf_cases import VARIANTS, hf_model, random_tokens, random_weights, tiny_model
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from nha_megatron.hf.modeling_nha import NHACache, NHAForCausalLM
+from nha_megatron.hf.families.nha.modeling_nha import NHACache, NHAForCausalLM
 from tests.hf.hf_cases import VARIANTS, hf_model, random_tokens, tiny_model
 
 # Logits are of order 1 to 10; the ways of computing them differ in the order of float32 sums only.
@@ -98,9 +98,7 @@ def test_sampling_draws_several_sequences() -> None:
 
 def cache_bytes(cache: NHACache) -> int:
     """Bytes that the cache keeps alive, not only those it shows."""
-    return sum(
-        value.untyped_storage().nbytes() for memory in cache.memories for value in vars(memory).values() if isinstance(value, Tensor)
-    )
+    return sum(value.untyped_storage().nbytes() for memory in cache.states for value in vars(memory).values() if isinstance(value, Tensor))
 
 
 def test_cache_of_finite_windows_has_one_size_for_any_length() -> None:
@@ -133,7 +131,7 @@ def test_padded_rows_equal_rows_without_padding(variant: str, kind: str, cuts: l
         logits = model(tokens, attention_mask=mask, use_cache=False).logits
     else:
         logits, cache = continued(model, tokens, cuts, attention_mask=mask)
-        assert cache.memories[0].length.tolist() == mask.sum(1).tolist()
+        assert cache.states[0].length.tolist() == mask.sum(1).tolist()
     for row in range(3):
         real = mask[row].bool()
         if real.any():
@@ -260,7 +258,7 @@ def test_tied_embeddings_stay_tied_when_resized() -> None:
 def test_bfloat16_keeps_slots_and_frequencies_wide() -> None:
     model = hf_model(tiny_model()).to(torch.bfloat16)
     cache = model(random_tokens(1, 9), use_cache=True).past_key_values
-    memory = cache.memories[0]
+    memory = cache.states[0]
     assert memory.slot_keys.dtype == torch.float32 and memory.window_keys.dtype == torch.bfloat16
     assert model.model.rope(torch.device("cpu"))[0].dtype == torch.float64
 

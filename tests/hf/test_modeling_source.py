@@ -8,7 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from nha_megatron.hf.modeling_source import InliningError, inline, modeling_source
+from nha_megatron.hf.families.nha.modeling_source import modeling_source
+from nha_megatron.hf.inline import InliningError, inline
+from nha_megatron.layers.registry import kind_named
 
 
 def package(folder: Path, **modules: str) -> Path:
@@ -18,7 +20,7 @@ def package(folder: Path, **modules: str) -> Path:
 
 
 def test_generated_file_imports_nothing_of_ours_outside_of_a_try() -> None:
-    tree = ast.parse(modeling_source())
+    tree = ast.parse(modeling_source([kind_named("nha")]))
     imported = {node.module for node in tree.body if isinstance(node, ast.ImportFrom) and node.level == 0}
     imported |= {alias.name for node in tree.body if isinstance(node, ast.Import) for alias in node.names}
     roots = {str(name).split(".")[0] for name in imported}
@@ -30,7 +32,7 @@ def test_generated_file_imports_nothing_of_ours_outside_of_a_try() -> None:
 @pytest.mark.skipif(find_spec("ruff") is None, reason="needs ruff")
 def test_generated_file_uses_no_undefined_or_redefined_name(tmp_path: Path) -> None:
     file = tmp_path / "modeling_nha.py"
-    file.write_text(modeling_source())
+    file.write_text(modeling_source([kind_named("nha")]))
     lint = [sys.executable, "-m", "ruff", "check", "--isolated", "--select", "F", "--target-version", "py311"]
     result = subprocess.run([*lint, str(file)], capture_output=True, text=True)
     assert result.returncode == 0, result.stdout

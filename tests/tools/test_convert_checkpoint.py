@@ -11,7 +11,7 @@ import torch
 
 from nha_megatron.data.tokenizer import train_byte_level_bpe
 from nha_megatron.hf.export import export_to_hf
-from nha_megatron.hf.modeling_nha import NHAForCausalLM
+from nha_megatron.hf.families.nha.modeling_nha import NHAForCausalLM
 from tests.distributed import RankPool
 from tests.hf.hf_cases import random_tokens, tiny_model
 

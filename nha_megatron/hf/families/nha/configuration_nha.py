@@ -31,6 +31,7 @@ class NHAConfig(PretrainedConfig):
         qk_norm: `rms` applies RMSNorm per head to queries and keys, before both the slots and the window.
         qkv_bias: biases on the q, k and v projections.
         rope_parameters: rotary embedding of the window part in the transformers 5 form (rope_type, rope_theta, partial_rotary_factor, ...).
+        layer_kinds: kind of each layer; None stands for `nha` in every layer. A layer of another kind has no window, 0 in `windows`.
         max_position_embeddings: longest sequence seen in training. Informative: the memory bounds nothing.
 
     Raises:
@@ -59,6 +60,7 @@ class NHAConfig(PretrainedConfig):
         qkv_bias: bool = False,
         rms_norm_eps: float = 1e-6,
         rope_parameters: dict[str, Any] | None = None,
+        layer_kinds: list[str] | None = None,
         max_position_embeddings: int = 4096,
         initializer_range: float = 0.02,
         tie_word_embeddings: bool = False,
@@ -77,6 +79,7 @@ class NHAConfig(PretrainedConfig):
         self.head_dim = hidden_size // num_attention_heads if head_dim is None else head_dim
         self.num_slots = num_slots
         self.windows = [64] * num_hidden_layers if windows is None else list(windows)
+        self.layer_kinds = ["nha"] * num_hidden_layers if layer_kinds is None else list(layer_kinds)
         self.tau = tau
         self.empty_slots = empty_slots
         self.value_activation = value_activation
@@ -106,8 +109,10 @@ class NHAConfig(PretrainedConfig):
         for name, allowed in CHOICES.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} is {getattr(self, name)!r}: use one of {', '.join(allowed)}")
-        if len(self.windows) != self.num_hidden_layers:
-            raise ValueError(f"windows has {len(self.windows)} entries for {self.num_hidden_layers} layers: give one per layer")
+        for name in ("windows", "layer_kinds"):
+            if len(getattr(self, name)) != self.num_hidden_layers:
+                given = len(getattr(self, name))
+                raise ValueError(f"{name} has {given} entries for {self.num_hidden_layers} layers: give one per layer")
         for layer, window in enumerate(self.windows):
             if window is not None and (not isinstance(window, int) or window < 0):
                 raise ValueError(f"windows[{layer}] is {window!r}: use a number of tokens >= 0, or None for full attention")

@@ -1,9 +1,9 @@
 """Native Hybrid Attention language model for transformers.
 
-Every layer keeps M compressed slots and an exact window per KV head and reads both with one softmax (arXiv 2510.07019).
-The cache is that memory, so its size does not depend on the length of the sequence (except in layers with full attention).
+A layer of Native Hybrid Attention keeps M compressed slots and an exact window per KV head and reads both with one softmax (arXiv
+2510.07019). The cache is that memory, so its size does not depend on the length of the sequence (except in layers with full attention).
 
-Shapes: B batch, T new tokens, HQ query heads, H KV heads, K head dimension, M slots.
+Shapes: B batch, T new tokens.
 """
 
 from __future__ import annotations
@@ -19,24 +19,25 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_utils import PreTrainedModel
 
-from nha_kernels import Memory
 from nha_megatron.config.rope import inverse_frequencies, rope_problems
-from nha_megatron.hf.token_layout import TokenLayout, attend, token_layout
+from nha_megatron.hf.families.nha.attention_classes import attention_class
+from nha_megatron.hf.families.nha.token_placement import token_placement
+from nha_megatron.layers.modeling import LayerState, NHARMSNorm, TokenPlacement
 
 from .configuration_nha import NHAConfig
 
 
 class NHACache(Cache):
-    """One `Memory` per layer. Pass it as `past_key_values`; `generate` makes its own."""
+    """What every layer remembers. Pass it as `past_key_values`; `generate` makes its own."""
 
     def __init__(self, config: NHAConfig) -> None:
         super().__init__(layers=[])
-        self.memories: list[Memory | None] = [None] * config.num_hidden_layers
-        self.seen = 0  # positions of the batch so far, padding included; Memory.length counts the tokens of each sequence
+        self.states: list[LayerState | None] = [None] * config.num_hidden_layers
+        self.seen = 0  # positions of the batch so far, padding included; LayerState.length counts the tokens of each sequence
 
-    def store(self, layer: int, memory: Memory) -> None:
-        # A memory may be a view of the tokens it was cut from: without a copy it would keep the whole prompt alive.
-        self.memories[layer] = memory.map(lambda x: x.clone() if x.untyped_storage().nbytes() > x.numel() * x.element_size() else x)
+    def store(self, layer: int, state: LayerState) -> None:
+        # A state may be a view of the tokens it was cut from: without a copy it would keep the whole prompt alive.
+        self.states[layer] = state.map(lambda x: x.clone() if x.untyped_storage().nbytes() > x.numel() * x.element_size() else x)
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         return self.seen
@@ -49,7 +50,7 @@ class NHACache(Cache):
 
     @property
     def batch_size(self) -> int:
-        return -1 if self.memories[0] is None else self.memories[0].length.shape[0]
+        return -1 if self.states[0] is None else self.states[0].length.shape[0]
 
     @property
     def is_compileable(self) -> bool:
@@ -60,14 +61,14 @@ class NHACache(Cache):
         return False
 
     def reset(self) -> None:
-        self.memories = [None] * len(self.memories)
+        self.states = [None] * len(self.states)
         self.seen = 0
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         self.batch_select_indices(beam_idx)
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        self.memories = [None if memory is None else memory.select_rows(indices) for memory in self.memories]
+        self.states = [None if state is None else state.select_rows(indices) for state in self.states]
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         if self.batch_size > 0:
@@ -83,7 +84,7 @@ class NHACache(Cache):
         raise NotImplementedError("an NHACache is written by the layers of an NHA model: use it with no other model")
 
     def __len__(self) -> int:
-        return len(self.memories)
+        return len(self.states)
 
     def __repr__(self) -> str:
         return f"NHACache(layers={len(self)}, batch={self.batch_size}, seen={self.seen})"
@@ -100,16 +101,6 @@ def rotary_frequencies(config: NHAConfig) -> tuple[Tensor, float]:
     return torch.tensor(frequencies, dtype=torch.float64, device="cpu"), factor
 
 
-class NHARMSNorm(nn.Module):
-    def __init__(self, size: int, eps: float) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(size))
-        self.eps = eps
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, self.weight.shape, self.weight, self.eps).to(x.dtype)
-
-
 class NHAMLP(nn.Module):
     def __init__(self, config: NHAConfig) -> None:
         super().__init__()
@@ -121,63 +112,16 @@ class NHAMLP(nn.Module):
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
 
-class NHAAttention(nn.Module):
-    def __init__(self, config: NHAConfig, layer_idx: int) -> None:
-        super().__init__()
-        self.config = config
-        self.layer_idx = layer_idx
-        hidden, heads, kv_heads, dim = config.hidden_size, config.num_attention_heads, config.num_key_value_heads, config.head_dim
-        self.q_proj = nn.Linear(hidden, heads * dim, bias=config.qkv_bias)
-        self.k_proj = nn.Linear(hidden, kv_heads * dim, bias=config.qkv_bias)
-        self.v_proj = nn.Linear(hidden, kv_heads * dim, bias=config.qkv_bias)
-        self.g_proj = nn.Linear(hidden, kv_heads * config.num_slots, bias=False)
-        self.o_proj = nn.Linear(heads * dim, hidden, bias=False)
-        if config.qk_norm == "rms":
-            self.q_norm = NHARMSNorm(dim, config.rms_norm_eps)
-            self.k_norm = NHARMSNorm(dim, config.rms_norm_eps)
-        if config.output_norm == "rms":
-            self.o_norm = NHARMSNorm(heads * dim, config.rms_norm_eps)
-
-    def forward(self, hidden_states: Tensor, rope: tuple[Tensor, float], layout: TokenLayout, cache: NHACache | None) -> Tensor:
-        config = self.config
-        q, k, v = (projection(hidden_states).unflatten(-1, (-1, config.head_dim)) for projection in (self.q_proj, self.k_proj, self.v_proj))
-        z = self.g_proj(hidden_states).unflatten(-1, (-1, config.num_slots))
-        g = F.logsigmoid(z.to(torch.promote_types(z.dtype, torch.float32))) / config.tau
-        if config.qk_norm == "rms":
-            q, k = self.q_norm(q), self.k_norm(k)
-        if config.value_activation == "silu":
-            v = F.silu(v)
-        out, memory = attend(
-            q,
-            k,
-            v,
-            g,
-            layout=layout,
-            memory=None if cache is None else cache.memories[self.layer_idx],
-            return_memory=cache is not None,
-            window=config.windows[self.layer_idx],
-            rope=rope[0],
-            rope_attention_factor=rope[1],
-            empty_slots=config.empty_slots,
-        )
-        if cache is not None and memory is not None:
-            cache.store(self.layer_idx, memory)
-        out = out.flatten(-2)
-        if config.output_norm == "rms":
-            out = self.o_norm(F.silu(out))
-        return self.o_proj(out)
-
-
 class NHADecoderLayer(GradientCheckpointingLayer):
     def __init__(self, config: NHAConfig, layer_idx: int) -> None:
         super().__init__()
-        self.self_attn = NHAAttention(config, layer_idx)
+        self.self_attn = attention_class(config.layer_kinds[layer_idx])(config, layer_idx)
         self.mlp = NHAMLP(config)
         self.input_layernorm = NHARMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = NHARMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(self, hidden_states: Tensor, rope: tuple[Tensor, float], layout: TokenLayout, cache: NHACache | None) -> Tensor:
-        hidden_states = hidden_states + self.self_attn(self.input_layernorm(hidden_states), rope, layout, cache)
+    def forward(self, hidden_states: Tensor, rope: tuple[Tensor, float], placement: TokenPlacement, cache: NHACache | None) -> Tensor:
+        hidden_states = hidden_states + self.self_attn(self.input_layernorm(hidden_states), rope, placement, cache)
         return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
 
 
@@ -239,8 +183,8 @@ class NHAModel(NHAPreTrainedModel):
             raise ValueError("cu_seq_lens_q is not read: mark packed documents with position_ids that start again at 0")
         hidden_states = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         cache = self._cache(past_key_values, use_cache)
-        layout = token_layout(hidden_states.shape[:2], attention_mask, position_ids, 0 if cache is None else cache.seen)
-        if layout.cu_seqlens is not None and cache is not None:
+        placement = token_placement(hidden_states.shape[:2], attention_mask, position_ids, 0 if cache is None else cache.seen)
+        if placement.cu_seqlens is not None and cache is not None:
             if past_key_values is not None or use_cache:
                 raise ValueError("position_ids starts several documents in one row: these cannot fill a cache, pass use_cache=False")
             cache = None
@@ -249,7 +193,7 @@ class NHAModel(NHAPreTrainedModel):
             output_hidden_states = self.config.output_hidden_states
         states = [hidden_states]
         for layer in self.layers:
-            hidden_states = layer(hidden_states, self.rope(hidden_states.device), layout, cache)
+            hidden_states = layer(hidden_states, self.rope(hidden_states.device), placement, cache)
             states.append(hidden_states)
         hidden_states = self.norm(hidden_states)
         if cache is not None:

@@ -2,10 +2,21 @@
 
 import pytest
 import torch
+from torch import Tensor
 
-from nha_megatron.config import ConfigError
-from nha_megatron.hf.mapping import entries, from_hf, split_gate_up, split_qkv, to_hf
+from nha_megatron.config import ConfigError, ModelConfig
+from nha_megatron.hf import weight_table
+from nha_megatron.hf.families.nha.family import FAMILY
+from nha_megatron.layers.hugging_face import split_gate_up, split_qkv
 from tests.hf.hf_cases import VARIANTS, hf_model, random_weights, tiny_model
+
+
+def to_hf(weights: dict[str, Tensor], model: ModelConfig) -> dict[str, Tensor]:
+    return weight_table.to_hf(weights, FAMILY.entries(model), model)
+
+
+def from_hf(weights: dict[str, Tensor], model: ModelConfig) -> dict[str, Tensor]:
+    return weight_table.from_hf(weights, FAMILY.entries(model), model)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -92,7 +103,7 @@ def test_import_refuses_a_weight_of_another_shape() -> None:
 
 
 def test_table_has_every_name_once() -> None:
-    table = entries(tiny_model(**VARIANTS["converted"]))
+    table = FAMILY.entries(tiny_model(**VARIANTS["converted"]))
     ours = [entry.ours for entry in table]
     theirs = [name for entry in table for name in entry.theirs]
     assert len(ours) == len(set(ours)) and len(theirs) == len(set(theirs))

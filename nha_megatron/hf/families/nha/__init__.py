@@ -1,0 +1,1 @@
+"""This project's own family: what `nha-megatron export` writes."""
