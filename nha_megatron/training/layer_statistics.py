@@ -19,7 +19,7 @@ def request(model_chunks: Iterable[nn.Module]) -> None:
         layer.record_statistics = True
 
 
-def collect(model_chunks: Iterable[nn.Module], num_layers: int, device: torch.device) -> dict[str, list[float]]:
+def collect(model_chunks: Iterable[nn.Module], num_layers: int, device: torch.device, world: dist.ProcessGroup) -> dict[str, list[float]]:
     """One number a layer and statistic, the mean over all ranks that hold a part of the layer. Collective over all ranks.
 
     Each rank adds what its layers measured on its heads and tokens, so the result has the same form at any parallel layout.
@@ -31,7 +31,7 @@ def collect(model_chunks: Iterable[nn.Module], num_layers: int, device: torch.de
         totals[:-1, column] += torch.stack([layer.statistics[name].to(device, torch.float32) for name in NAMES])
         totals[-1, column] += 1
         layer.statistics = None
-    dist.all_reduce(totals)
+    dist.all_reduce(totals, group=world)
     means = (totals[:-1] / totals[-1]).tolist()
     return dict(zip(NAMES, means, strict=True))
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from nha_megatron.engine.deepspeed_partitions import read, write
+from nha_megatron.engine.deepspeed.partitions import read, write
 from tests.distributed import RankError, RankPool
 from tests.engine import programs
 from tests.engine.deepspeed_programs import (
