@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from nha_kernels.conventions import accumulation_dtype
-from nha_megatron.config.full_layers import kv_copies
+from nha_megatron.layers.nha.full.cost import kv_copies
 
 
 def sequences_of_heads(q: Tensor, k: Tensor, v: Tensor, g: Tensor, group: dist.ProcessGroup) -> tuple[Tensor, Tensor, Tensor]:
