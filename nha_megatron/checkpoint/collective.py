@@ -39,7 +39,7 @@ def on_rank_zero(failure: str, action: Callable[[], _T], group: dist.ProcessGrou
 
 
 def from_rank_zero(value: Any, group: dist.ProcessGroup) -> Any:
-    """The value of rank 0 of `group` on all its ranks. Network file systems show new names at different times, so one rank looks for all."""
+    """The value of rank 0 of `group`, on all its ranks. Network file systems show new names at different times: one rank looks for all."""
     box = [value]
     dist.broadcast_object_list(box, group_src=0, group=group)
     return box[0]

@@ -6,9 +6,8 @@ from typing import Annotated, Any, ClassVar, Self, TypeVar
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
-from .renamed import with_new_names
-
 from .errors import ConfigError as ConfigError  # for layer kinds, which import nothing else of the configuration
+from .renamed import with_new_names
 
 # Sizes end up in 32-bit kernel arguments and collective counts; larger ones are a typing mistake.
 MAX_SIZE = 2**31 - 1

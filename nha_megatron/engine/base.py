@@ -113,7 +113,7 @@ class Engine(ABC):
         return (parameter for _, parameter in self.named_parameters())
 
     def _shaped_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """As `named_parameters`, with the shapes that they have on this tensor rank; an engine may have emptied the parameters themselves."""
+        """As `named_parameters`, with shapes and marks of tensor parallelism, which an engine may have taken from the parameters."""
         return self.named_parameters()
 
     @abstractmethod

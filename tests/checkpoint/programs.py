@@ -27,9 +27,9 @@ from nha_megatron.checkpoint import manifest as manifest_module
 from nha_megatron.checkpoint import saver as saver_module
 from nha_megatron.checkpoint import shards as shards_module
 from nha_megatron.checkpoint.host_memory import HostMemory
-from nha_megatron.checkpoint.write import PendingSave
 from nha_megatron.checkpoint.saver import CheckpointSaver
 from nha_megatron.checkpoint.shards import ShardWriter
+from nha_megatron.checkpoint.write import PendingSave
 from nha_megatron.config import ConfigError, parse_config
 from nha_megatron.data.identity import data_identity
 from nha_megatron.engine.create import create_engine
