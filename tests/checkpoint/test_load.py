@@ -101,8 +101,8 @@ def forget_fields(folder: Path) -> None:
     for manifest in (folder / "run" / "checkpoints").glob("step_*/manifest.json"):
         content = json.loads(manifest.read_text())
         guards = content["config"]["guards"]
-        guards["window"] = guards.pop("window_steps")
-        del content["config"]["model"]["empty_slots"]
+        guards["window"] = guards.pop("window_steps", 64)
+        content["config"]["model"].pop("empty_slots", None)
         manifest.write_text(json.dumps(content))
 
 
