@@ -13,14 +13,14 @@ from nha_megatron.checkpoint.files import CheckpointError, reason_of
 _T = TypeVar("_T")
 
 
-def on_rank_zero(failure: str, action: Callable[[], _T]) -> _T:
-    """Runs `action` on rank 0; all ranks return what it returned, or raise `CheckpointError` with `failure` and the reason.
+def on_rank_zero(failure: str, action: Callable[[], _T], group: dist.ProcessGroup) -> _T:
+    """Runs `action` on rank 0 of `group`; all its ranks return what it returned, or raise `CheckpointError` with `failure` and the reason.
 
     What is not an OSError is raised as it is on rank 0. The result is pickled: plain data.
     """
     outcome: list[Any] = [None, None]
     unexpected: Exception | None = None
-    if dist.get_rank() == 0:
+    if group.rank() == 0:
         try:
             outcome[1] = action()
         except CheckpointError as error:
@@ -29,7 +29,7 @@ def on_rank_zero(failure: str, action: Callable[[], _T]) -> _T:
             outcome[0] = f"{failure}: {reason_of(error)}"
         except Exception as error:  # the others must not wait for a rank that has left
             outcome[0], unexpected = f"{failure}: {type(error).__name__}: {error}", error
-    dist.broadcast_object_list(outcome, src=0)
+    dist.broadcast_object_list(outcome, group_src=0, group=group)
     problem, result = outcome
     if unexpected is not None:
         raise unexpected
@@ -38,15 +38,15 @@ def on_rank_zero(failure: str, action: Callable[[], _T]) -> _T:
     return cast(_T, result)
 
 
-def from_rank_zero(value: Any) -> Any:
-    """Rank 0's value on every rank. Network file systems show new names at different times, so one rank looks for all."""
+def from_rank_zero(value: Any, group: dist.ProcessGroup) -> Any:
+    """The value of rank 0 of `group`, on all its ranks. Network file systems show new names at different times: one rank looks for all."""
     box = [value]
-    dist.broadcast_object_list(box, src=0)
+    dist.broadcast_object_list(box, group_src=0, group=group)
     return box[0]
 
 
-def sum_over_ranks(values: list[int], device: torch.device) -> list[int]:
-    """Each number summed over all ranks."""
+def sum_over_ranks(values: list[int], device: torch.device, group: dist.ProcessGroup) -> list[int]:
+    """Each number summed over the ranks of `group`."""
     total = torch.tensor(values, dtype=torch.int64, device=device)
-    dist.all_reduce(total)
+    dist.all_reduce(total, group=group)
     return [int(number) for number in total.tolist()]

@@ -11,6 +11,7 @@ import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.dist_checkpointing.validation import StrictHandling
+from pydantic import ValidationError
 from torch.distributed.checkpoint import CheckpointException
 
 from nha_megatron.checkpoint.collective import from_rank_zero, on_rank_zero
@@ -19,6 +20,7 @@ from nha_megatron.checkpoint.manifest import Manifest, read_manifest, verify
 from nha_megatron.checkpoint.safety import require_plain_data
 from nha_megatron.checkpoint.state import Progress, restore_rng, rng_for_loading
 from nha_megatron.checkpoint.weights import CheckpointWeights
+from nha_megatron.config import RunConfig
 from nha_megatron.config.stages import begun_stages
 from nha_megatron.data.identity import data_changes
 from nha_megatron.engine.base import Engine
@@ -36,17 +38,17 @@ _FIXED_IN_A_RUN = {
 _FREE_IN_MODEL = ("init_from", "init_std")
 
 
-def find_newest(root: Path, report: Callable[[str], None]) -> Path | None:
-    """The newest sound checkpoint below `root`, or None. Collective; every rank gets the same answer.
+def find_newest(root: Path, report: Callable[[str], None], group: dist.ProcessGroup) -> Path | None:
+    """The newest sound checkpoint below `root`, or None. Collective over `group`, all of whose ranks get the same answer.
 
     Leftovers of a crash are removed. Checkpoints that are damaged or unsafe to read are skipped, and `report`ed in one line each.
     """
-    on_rank_zero(f"checkpoint.path {root} cannot be used", lambda: prepare_root(root))
-    for step in reversed(from_rank_zero(published_steps(root))):
+    on_rank_zero(f"checkpoint.path {root} cannot be used", lambda: prepare_root(root), group)
+    for step in reversed(from_rank_zero(published_steps(root), group)):
         directory = step_directory(root, step)
         try:
-            verify(directory, dist.group.WORLD)
-            on_rank_zero(f"checkpoint {directory} cannot be read", partial(_require_safe, directory))
+            verify(directory, group)
+            on_rank_zero(f"checkpoint {directory} cannot be read", partial(_require_safe, directory), group)
             return directory
         except CheckpointError as error:
             report(f"skipped: {error}")
@@ -61,16 +63,17 @@ def load_checkpoint(directory: Path, engine: Engine, config: dict[str, Any], dat
 
     Raises `CheckpointError` when the checkpoint belongs to another model, data order or data than these, or does not fit.
     """
-    manifest = on_rank_zero(f"checkpoint {directory} cannot be read", partial(_require_safe, directory))
+    group = engine.layout.world
+    manifest = on_rank_zero(f"checkpoint {directory} cannot be read", partial(_require_safe, directory), group)
     require_same_run(directory, manifest.config, config, manifest.step)
     if data is not None and manifest.data is not None:
         require_same_data(directory, manifest, data)
     state = engine.sharded_state_dict(is_loading=True)
-    state["rng_state"] = rng_for_loading(manifest.world_size, engine.device)
+    state["rng_state"] = rng_for_loading(manifest.world_size, engine.device, group)
     try:
         # RAISE_ALL: a tensor that only the checkpoint or only the model has is an error, not a default.
         loaded = dist_checkpointing.load(state, str(directory), strict=StrictHandling.RAISE_ALL)
-        restore_rng(loaded.pop("rng_state"), engine.device)
+        restore_rng(loaded.pop("rng_state"), engine.device, group)
         engine.load_state_dict(loaded)
     except _MISFITS as error:
         raise CheckpointError(f"checkpoint {directory} does not fit this model: {_reason(error)}") from error
@@ -89,10 +92,11 @@ def load_weights(directory: Path, engine: Engine) -> None:
     Raises `CheckpointError` or `ConfigError` unless the model takes every weight of the checkpoint, each with its shape,
     and the checkpoint has every weight of the model.
     """
-    verify(directory, dist.group.WORLD)
+    group = engine.layout.world
+    verify(directory, group)
     weights = CheckpointWeights(directory)
-    held: list[set[str]] = [set() for _ in range(dist.get_world_size())]
-    dist.all_gather_object(held, {name for name, _ in engine.named_parameters()})
+    held: list[set[str]] = [set() for _ in range(group.size())]
+    dist.all_gather_object(held, {name for name, _ in engine.named_parameters()}, group=group)
     wanted = set().union(*held)
     if wanted != set(weights):
         raise CheckpointError(
@@ -106,7 +110,7 @@ def require_same_run(directory: Path, saved: dict[str, Any], current: dict[str, 
     """Raises `CheckpointError` listing the settings in which a run differs from the checkpoint, of step `step`, that it is to continue."""
     differences = []
     for section, names in _FIXED_IN_A_RUN.items():
-        before, now = saved.get(section, {}), current.get(section, {})
+        before, now = (_in_full(section, config.get(section, {})) for config in (saved, current))
         for name in names or sorted(set(before) | set(now)):
             if section == "model" and name in _FREE_IN_MODEL:
                 continue
@@ -121,6 +125,16 @@ def require_same_run(directory: Path, saved: dict[str, Any], current: dict[str, 
             f"this run cannot continue from {directory}: {'; '.join(differences)}. "
             "Set them back, or start a new run in another logging.directory (model.init_from takes over the weights)"
         )
+
+
+def _in_full(section: str, values: dict[str, Any]) -> dict[str, Any]:
+    """A saved section as today's configuration writes it: renamed fields under their new names, new ones with their defaults."""
+    schema: Any = RunConfig.model_fields[section].annotation
+    try:
+        plain: dict[str, Any] = schema.model_validate(values).model_dump(mode="json")
+    except ValidationError:  # of another version of this system: compared as it is
+        return values
+    return plain
 
 
 def require_same_data(directory: Path, manifest: Manifest, data: dict[str, Any]) -> None:

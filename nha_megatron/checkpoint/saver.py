@@ -9,8 +9,8 @@ from typing import Any
 
 from nha_megatron.checkpoint.files import CheckpointError
 from nha_megatron.checkpoint.host_memory import HostMemory
-from nha_megatron.checkpoint.save import PendingSave
 from nha_megatron.checkpoint.state import Progress
+from nha_megatron.checkpoint.write import PendingSave
 from nha_megatron.config import CheckpointConfig
 from nha_megatron.engine.base import Engine
 

@@ -25,27 +25,27 @@ class Progress:
     guards: dict[str, Any] = field(default_factory=dict)
 
 
-def rng_for_saving(device: torch.device) -> ShardedTensor:
+def rng_for_saving(device: torch.device, group: dist.ProcessGroup) -> ShardedTensor:
     """Row `rank` of a [world, bytes] tensor: the state of this rank's CPU generator, then of its CUDA generator (zeros without one)."""
     state = _rng_state(device)
-    return ShardedTensor.from_rank_offsets(_KEY, state[None], (0, dist.get_rank(), dist.get_world_size()))
+    return ShardedTensor.from_rank_offsets(_KEY, state[None], (0, group.rank(), group.size()))
 
 
-def rng_for_loading(saved_world_size: int, device: torch.device) -> ShardedTensor:
+def rng_for_loading(saved_world_size: int, device: torch.device, group: dist.ProcessGroup) -> ShardedTensor:
     """The whole [saved world, bytes] tensor, read by every rank: at another world size its rows have no owner."""
     rows = torch.empty(saved_world_size, _rng_state(device).numel(), dtype=torch.uint8)
-    return ShardedTensor.from_rank_offsets(_KEY, rows, replica_id=dist.get_rank())
+    return ShardedTensor.from_rank_offsets(_KEY, rows, replica_id=group.rank())
 
 
-def restore_rng(rows: torch.Tensor, device: torch.device) -> None:
+def restore_rng(rows: torch.Tensor, device: torch.device, group: dist.ProcessGroup) -> None:
     """Continues this rank's generators where they were saved; with another number of ranks they stay as seeded.
 
     Nothing in training draws from them today (no dropout, the data order is a pure function), so a resumed run is exact
     at another layout too.
     """
-    if rows.shape[0] != dist.get_world_size():
+    if rows.shape[0] != group.size():
         return
-    state = rows[dist.get_rank()].clone()
+    state = rows[group.rank()].clone()
     torch.set_rng_state(state[:-_CUDA_BYTES])
     if device.type == "cuda" and state[-_CUDA_BYTES:].any():
         torch.cuda.set_rng_state(state[-_CUDA_BYTES:].clone(), device)

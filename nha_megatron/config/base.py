@@ -2,11 +2,12 @@
 
 from collections.abc import Mapping
 from functools import cached_property
-from typing import Annotated, Any, Self, TypeVar
+from typing import Annotated, Any, ClassVar, Self, TypeVar
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from .errors import ConfigError as ConfigError  # for layer kinds, which import nothing else of the configuration
+from .renamed import with_new_names
 
 # Sizes end up in 32-bit kernel arguments and collective counts; larger ones are a typing mistake.
 MAX_SIZE = 2**31 - 1
@@ -47,6 +48,13 @@ class Section(BaseModel):
     model_config = ConfigDict(
         extra="forbid", frozen=True, strict=True, allow_inf_nan=False, use_attribute_docstrings=True, protected_namespaces=()
     )
+    renamed: ClassVar[Mapping[str, str]] = {}
+    """Old names of fields that are still taken, and the new ones, both from the top of the configuration: {"guards.old": "guards.new"}."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _take_old_names(cls, data: Any) -> Any:
+        return with_new_names(data, cls.renamed) if cls.renamed and isinstance(data, Mapping) else data
 
     def __eq__(self, other: object) -> bool:
         """By fields alone: what was computed from them may refer to the object itself."""

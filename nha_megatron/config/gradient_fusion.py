@@ -36,7 +36,7 @@ def missing_extension(training: TrainingConfig) -> str | None:
     return None
 
 
-def expectation(training: TrainingConfig) -> str:
+def expected_fusion(training: TrainingConfig) -> str:
     """What a run on this host would do, for people; whether the extension can be loaded shows when it starts."""
     if training.gradient_accumulation_fusion is False:
         return "off, by training.gradient_accumulation_fusion"

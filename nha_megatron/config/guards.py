@@ -1,6 +1,6 @@
 """Section `guards`: what a run does when its numbers or its machines go wrong."""
 
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
@@ -10,8 +10,10 @@ from .base import NonNegative, NonNegativeReal, PositiveReal, Section
 class GuardsConfig(Section):
     """Non-finite numbers, loss spikes, slow ranks. The defaults skip a few bad steps, report the rest, and stop a run that is lost."""
 
-    window: Annotated[int, Field(ge=8, le=100_000)] = 64
-    """Steps that the guards look back."""
+    renamed: ClassVar = {"guards.window": "guards.window_steps"}
+
+    window_steps: Annotated[int, Field(ge=8, le=100_000)] = 64
+    """Steps that the guards look back: their window."""
     skip_limit: NonNegative = 5
     """Skipped steps allowed in a window. A step whose loss or gradient is not finite on any rank is skipped on all: its data is used
     up, weights and optimizer stay. One more than allowed stops the run with status 3; nothing is saved right after a skipped step.

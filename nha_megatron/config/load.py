@@ -11,7 +11,8 @@ from pydantic import BaseModel, ValidationError
 
 from . import consistency, refusals
 from .errors import ConfigError, problems_message
-from .messages import validation_messages
+from .messages import models_in, validation_messages
+from .renamed import last_part, notice
 from .run import RunConfig
 from .yaml_text import read_yaml, write_yaml
 
@@ -99,7 +100,11 @@ def _similar_file(path: Path) -> str:
 def _apply_override(data: dict[str, Any], override: str) -> None:
     """Set one value in place; mappings on the way are made when absent."""
     name, equals, text = override.partition("=")
-    keys = name.strip().split(".")
+    name, renamed = name.strip(), _renamed_fields()
+    if name in renamed:
+        notice(name, renamed[name])
+        name = renamed[name]
+    keys = name.split(".")
     if not equals or len(keys) < 2 or not all(keys):
         homes = [name for name, field in RunConfig.model_fields.items() if keys[0] in getattr(field.annotation, "model_fields", {})]
         example = f"{homes[0]}.{keys[0]}={text}" if homes else "training.steps=100"
@@ -115,7 +120,20 @@ def _apply_override(data: dict[str, Any], override: str) -> None:
         target = target[key]
         if not isinstance(target, dict):
             raise ConfigError(f"override {override!r}: {'.'.join(keys[: depth + 1])} is not a mapping; override it as a whole")
+    for old, new in renamed.items():
+        if new == name:
+            target.pop(last_part(old), None)  # the file may give it under the old name
     target[keys[-1]] = value
+
+
+def _renamed_fields() -> dict[str, str]:
+    """Old and new names of all sections."""
+    found: dict[str, str] = {}
+    models: list[type[BaseModel]] = [RunConfig]
+    for model in models:
+        found |= getattr(model, "renamed", {})
+        models += [section for field in model.model_fields.values() for section in models_in(field.annotation)]
+    return found
 
 
 def _valid_sections(data: Mapping[str, Any]) -> dict[str, Any]:

@@ -110,16 +110,17 @@ def _fields_at(keys: Location, schema: type[BaseModel]) -> Mapping[str, Any]:
 
 def _models_at(model: type[BaseModel], key: str) -> list[type[BaseModel]]:
     if key in model.model_fields:
-        return _models_in(model.model_fields[key].annotation)
+        return models_in(model.model_fields[key].annotation)
     section_of_kind = getattr(model, "section_of_kind", None)  # of ModelConfig: sections that layer kinds bring
     section = None if section_of_kind is None else section_of_kind(key)
     return [] if section is None else [section]
 
 
-def _models_in(annotation: Any) -> list[type[BaseModel]]:
+def models_in(annotation: Any) -> list[type[BaseModel]]:
+    """The sections that a field may hold."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return [annotation]
-    return [model for part in get_args(annotation) for model in _models_in(part)]
+    return [model for part in get_args(annotation) for model in models_in(part)]
 
 
 def _number(value: Any) -> str:

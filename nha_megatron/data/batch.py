@@ -16,7 +16,8 @@ class Batch:
     loss_mask: float32 [b, L]; 1 where the label counts, 0 where the input is an end-of-text token, as no document predicts the next, and
         at padding, which holds end-of-text tokens too.
     cu_seqlens: int32 [N + 1] or None. Boundaries of the documents in the WHOLE rows laid end to end (b * sequence_length tokens,
-        the same on every context-parallel rank), from 0 to b * sequence_length; None when attention crosses documents.
+        the same on every context-parallel rank), from 0 to b * sequence_length; None when attention crosses documents. On the CPU, also
+        after `to`: who needs them elsewhere copies them once for all layers (engine/forward.py).
     """
 
     tokens: torch.Tensor
@@ -25,8 +26,8 @@ class Batch:
     cu_seqlens: torch.Tensor | None
 
     def to(self, device: torch.device | str) -> "Batch":
-        move = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        return Batch(**{name: None if tensor is None else tensor.to(device, non_blocking=True) for name, tensor in move.items()})
+        moved = {name: getattr(self, name).to(device, non_blocking=True) for name in ("tokens", "labels", "loss_mask")}
+        return dataclasses.replace(self, **moved)
 
 
 def document_boundaries(tokens: np.ndarray, end_of_text: int) -> np.ndarray:

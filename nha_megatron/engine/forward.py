@@ -4,19 +4,19 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import torch
 from torch import Tensor, nn
 
+from nha_megatron.engine.layout import Layout
 from nha_megatron.layers.documents import Documents
 
 if TYPE_CHECKING:
     from nha_megatron.data import Batch
 
 
-def forward_batch(model: nn.Module, batch: Batch, device: torch.device) -> tuple[Tensor, Tensor]:
-    """The model's output (on the last stage the loss sum over the tokens that count) and the loss mask on `device`."""
-    documents = Documents.on(device, batch.cu_seqlens) if batch.cu_seqlens is not None else None
-    batch = batch.to(device)
+def forward_batch(model: nn.Module, batch: Batch, layout: Layout) -> tuple[Tensor, Tensor]:
+    """The model's output (on the last pipeline stage the loss sum over the tokens that count) and the loss mask on the device."""
+    documents = None if batch.cu_seqlens is None else _documents(batch.cu_seqlens, layout)
+    batch = batch.to(layout.device)
     # Positions are relative to the window, and our layers read no attention mask.
     output = model(
         batch.tokens,
@@ -27,3 +27,13 @@ def forward_batch(model: nn.Module, batch: Batch, device: torch.device) -> tuple
         packed_seq_params=documents,
     )
     return output, batch.loss_mask
+
+
+def _documents(cu_seqlens: Tensor, layout: Layout) -> Documents:
+    """The boundaries where attention reads them: on the device, or on the host, where exchanges between context ranks are planned.
+
+    There each layer cuts its own boundaries out of these, so that no device needs those of the whole rows.
+    """
+    if layout.cp_size > 1:
+        return Documents(boundaries=tuple(cu_seqlens.tolist()))
+    return Documents.on(layout.device, cu_seqlens)

@@ -20,7 +20,7 @@ from megatron.core import parallel_state
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
-from nha_megatron.engine import cpu_remedies
+from nha_megatron.engine import cpu_workarounds
 from nha_megatron.engine.device import backend_for
 
 if TYPE_CHECKING:
@@ -41,14 +41,14 @@ class Layout:
     dp_size: int
     pp_rank: int
     pp_size: int
-    virtual_stages: int
-    """Model chunks on this pipeline stage, 1 without interleaving."""
     device: torch.device
     groups: ProcessGroupCollection
     """`.tp`, `.cp`, `.dp`, `.pp`, `.dp_cp`, ... Gradients are summed over `.dp_cp`."""
+    world: dist.ProcessGroup
+    """All ranks."""
 
     @property
-    def is_last_stage(self) -> bool:
+    def is_last_pipeline_stage(self) -> bool:
         """Whether the loss is computed on this rank."""
         return self.pp_rank == self.pp_size - 1
 
@@ -62,7 +62,7 @@ def create_layout(config: RunConfig, device: torch.device) -> Layout:
 
     A process group that exists already is used as it is. Raises ConfigError if the world size does not fit the configuration.
     """
-    cpu_remedies.enter(device)
+    cpu_workarounds.enter(device)
     if device.type == "cuda":
         torch.cuda.set_device(device)
     # Longer than the stall watch of training waits: it names the missing rank, a timeout of a collective names the waiting one.
@@ -73,13 +73,12 @@ def create_layout(config: RunConfig, device: torch.device) -> Layout:
     config.check_world(world_size)
 
     parallel = config.parallel
-    virtual_stages = parallel.virtual_pipeline or 1
     if parallel_state.model_parallel_is_initialized():
         parallel_state.destroy_model_parallel()
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=parallel.tensor,
         pipeline_model_parallel_size=parallel.pipeline,
-        virtual_pipeline_model_parallel_size=virtual_stages if virtual_stages > 1 else None,
+        virtual_pipeline_model_parallel_size=parallel.virtual_pipeline if parallel.virtual_pipeline != 1 else None,
         context_parallel_size=parallel.context,
         distributed_timeout_minutes=math.ceil(timeout.total_seconds() / 60),
     )
@@ -95,9 +94,9 @@ def create_layout(config: RunConfig, device: torch.device) -> Layout:
         dp_size=groups.dp.size(),
         pp_rank=groups.pp.rank(),
         pp_size=groups.pp.size(),
-        virtual_stages=virtual_stages,
         device=device,
         groups=groups,
+        world=dist.group.WORLD,
     )
     _seed(config.training.seed, layout)
     return layout
@@ -113,7 +112,7 @@ def _init_process_group(device: torch.device, timeout: timedelta) -> None:
 
 def _seed(seed: int, layout: Layout) -> None:
     # Weights are drawn per parameter name (model/initialize.py) and data order is a pure function of its own seed, so these
-    # generators serve only what is left, and differ by stage as Megatron's do.
+    # generators serve only what is left, and differ by pipeline stage as Megatron's do.
     seed = seed + 100 * layout.pp_rank
     random.seed(seed)
     np.random.seed(seed % 2**32)

@@ -3,7 +3,7 @@
 import math
 from dataclasses import replace
 
-from nha_megatron.config.gradient_fusion import expectation
+from nha_megatron.config.gradient_fusion import expected_fusion
 from nha_megatron.config.inputs import missing_inputs
 from nha_megatron.config.load import dump_config
 from nha_megatron.config.model import ModelConfig
@@ -33,7 +33,7 @@ def check_report(config: RunConfig, world_size: int | None = None) -> str:
             f"{name}batches and messages": _stage_lines(stage, world),
             f"{name}memory of the fullest rank, estimated": _memory_lines(estimate_memory(stage.config, world)),
         }
-    facts["gradient accumulation fusion"] = [expectation(config.training)]
+    facts["gradient accumulation fusion"] = [expected_fusion(config.training)]
     facts["not found (needed before pretrain)"] = missing_inputs(config)
     comments = [line for title, lines in facts.items() if lines for line in ("#", f"# {title}", *(f"#   {line}" for line in lines))]
     return dump_config(config) + "\n".join(comments)

@@ -19,10 +19,10 @@ class Documents(PackedSeqParams):
     """
 
     cu_seqlens: Tensor | None = None
-    """int32 [N + 1] on the device: boundaries in the micro batch's whole rows laid end to end (b * sequence length tokens, also where
-    ranks hold shards of the rows), first 0."""
+    """int32 [N + 1] on the device: boundaries in the micro batch's whole rows laid end to end (b * sequence length tokens), first 0. None
+    where context-parallel ranks hold shards of the rows."""
     boundaries: tuple[int, ...] | None = None
-    """The same numbers on the host, where the exchange between context-parallel ranks is planned."""
+    """The same numbers on the host, where the exchange between context-parallel ranks is planned; of the whole rows there too."""
 
     def __post_init__(self) -> None:
         parent = getattr(super(), "__post_init__", None)  # megatron-core 0.17 and later have one

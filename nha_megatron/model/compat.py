@@ -11,7 +11,7 @@ and layers come from a list of `ModuleSpec`s.
 | GPTModel after the layers, `_postprocess` | keywords | more keywords | `language_model.py` takes two, passes the rest on |
 | planning a save | no strategy to name | `async_strategy="mcore"` | `checkpoint/shards.py` |
 | state that all ranks share | `common.pt` | an object like others | `checkpoint/shards.py`: `common.pt`, which both read |
-| loading torch Adam state in the `fully_reshardable` format | KeyError: 'step' | the same | `engine/checkpoint_remedies.py` |
+| loading torch Adam state in the `fully_reshardable` format | KeyError: 'step' | the same | `engine/megatron/checkpoint_workarounds.py` |
 """
 
 from __future__ import annotations

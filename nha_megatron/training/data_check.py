@@ -31,7 +31,7 @@ def check_data(config: RunConfig, layout: Layout, say: Callable[[str], None]) ->
     with ThreadPoolExecutor(1) as reader:
         work = reader.submit(verify_data, config) if reads else None
         # No collective waits for the reading, which may take longer than a collective is allowed to.
-        while not _all_ranks(work is None or work.done(), layout.device):
+        while not _all_ranks(work is None or work.done(), layout):
             time.sleep(_POLL_S)
         if work is not None:
             try:
@@ -41,7 +41,7 @@ def check_data(config: RunConfig, layout: Layout, say: Callable[[str], None]) ->
             except OSError as error:  # raised here it would leave the other ranks in the gather below
                 problem = f"token files cannot be read: {error}; check data.path, data.validation and their permissions"
     problems: list[str | None] = [None] * layout.world_size
-    dist.all_gather_object(problems, problem)
+    dist.all_gather_object(problems, problem, group=layout.world)
     found = next((problem for problem in problems if problem is not None), None)
     if found is not None:
         raise ConfigError(found)
@@ -54,9 +54,9 @@ def describe_checked(config: RunConfig, files: list[CheckedFile]) -> str:
     return json.dumps({"verify": config.data.verify, "files": [file._asdict() for file in files]}, indent=1) + "\n"
 
 
-def _all_ranks(done: bool, device: torch.device) -> bool:
-    flag = torch.tensor([int(done)], dtype=torch.int32, device=device)
-    dist.all_reduce(flag, op=dist.ReduceOp.MIN)
+def _all_ranks(done: bool, layout: Layout) -> bool:
+    flag = torch.tensor([int(done)], dtype=torch.int32, device=layout.device)
+    dist.all_reduce(flag, op=dist.ReduceOp.MIN, group=layout.world)
     return bool(flag.item())
 
 

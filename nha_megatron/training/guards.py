@@ -40,7 +40,7 @@ class LossGuard:
     def __init__(self, settings: GuardsConfig, state: Mapping[str, Any] | None = None) -> None:
         state = state or {}
         self._settings = settings
-        self._losses: deque[float] = deque(state.get("losses", ()), maxlen=settings.window)
+        self._losses: deque[float] = deque(state.get("losses", ()), maxlen=settings.window_steps)
         self._recent_skips: deque[int] = deque(state.get("recent_skips", ()))
         self._spiking: bool = state.get("spiking", False)
         self.skipped: int = state.get("skipped", 0)
@@ -63,7 +63,7 @@ class LossGuard:
     @property
     def spike_limit(self) -> float:
         """Loss in nats above which the next step is a spike; infinite while half a window is not known."""
-        if self._settings.loss_spike == "ignore" or 2 * len(self._losses) < self._settings.window:
+        if self._settings.loss_spike == "ignore" or 2 * len(self._losses) < self._settings.window_steps:
             return math.inf
         centre = median(self._losses)
         spread = _DEVIATION_OF_MAD * median(abs(loss - centre) for loss in self._losses)
@@ -91,26 +91,27 @@ class LossGuard:
             else f"the loss of step {step} is {loss:.4f}, its gradient norm {grad_norm:.4g}"
         )
         if spike and self._settings.loss_spike == "stop":
-            raise TrainingError(f"{what}: its update was not applied and training stopped, as guards.loss_spike asks. {_REMEDIES}")
+            raise TrainingError(f"{what}: its update was not applied and training stopped, as guards.loss_spike asks. {_WHAT_HELPS}")
         if skipped:
             self._count_skip(step, what)
-            return f"{what}: update skipped, {self.skipped} in the run, {len(self._recent_skips)} of the last {self._settings.window} steps"
+            recent = f"{len(self._recent_skips)} of the last {self._settings.window_steps} steps"
+            return f"{what}: update skipped, {self.skipped} in the run, {recent}"
         return what if new_spike else None
 
     def _count_skip(self, step: int, what: str) -> None:
         settings = self._settings
         self.skipped += 1
         self._recent_skips.append(step)
-        while self._recent_skips[0] <= step - settings.window:
+        while self._recent_skips[0] <= step - settings.window_steps:
             self._recent_skips.popleft()
         if len(self._recent_skips) > settings.skip_limit:
             raise TrainingError(
-                f"{what}: training stopped, because {len(self._recent_skips)} of the last {settings.window} updates could not be applied "
-                f"and guards.skip_limit is {settings.skip_limit}. {_REMEDIES}"
+                f"{what}: training stopped, because {len(self._recent_skips)} of the last {settings.window_steps} updates could not be "
+                f"applied and guards.skip_limit is {settings.skip_limit}. {_WHAT_HELPS}"
             )
 
 
-_REMEDIES = (
+_WHAT_HELPS = (
     "The checkpoints from before are untouched. Resume from one with a lower optimizer.lr, a longer optimizer.warmup_steps or a lower "
     "optimizer.clip_grad; when the data or a device is to blame, a higher guards.skip_limit passes over it"
 )

@@ -21,12 +21,12 @@ def request(model_chunks: Iterable[nn.Module], stack: Sequence[Layer]) -> None:
 
 
 def collect(
-    model_chunks: Iterable[nn.Module], stack: Sequence[Layer], device: torch.device, group: dist.ProcessGroup | None = None
+    model_chunks: Iterable[nn.Module], stack: Sequence[Layer], device: torch.device, world: dist.ProcessGroup
 ) -> dict[str, list[float | None]]:
     """One number a layer and statistic, the mean over all ranks that hold a part of the layer; None where its kind has no such statistic.
 
     Each rank adds what its layers measured on its heads and tokens, so the result has the same form at any parallel layout. Collective over
-    `group`, all ranks.
+    `world`.
     """
     names = list(dict.fromkeys(name for layer in stack for name in layer.kind.statistics))
     if not names:
@@ -38,7 +38,7 @@ def collect(
         for name, value in measured.items():
             totals[0, names.index(name), number] += value.to(device, torch.float32)
             totals[1, names.index(name), number] += 1
-    dist.all_reduce(totals, group=group)
+    dist.all_reduce(totals, group=world)
     sums, counts = totals.tolist()
     return {
         name: [total / count if count else None for total, count in zip(sums[row], counts[row], strict=True)]

@@ -4,71 +4,38 @@ from __future__ import annotations
 
 import signal
 import time
-from collections.abc import Iterable
-from dataclasses import dataclass
 from typing import Any
 
-from nha_megatron.checkpoint import CheckpointSaver, Progress
-from nha_megatron.config import ConfigError, RunConfig
+from nha_megatron.checkpoint import Progress
+from nha_megatron.config import ConfigError
 from nha_megatron.config.stage_plan import Stage
 from nha_megatron.engine.base import Engine
-from nha_megatron.engine.layout import Layout
 from nha_megatron.training import layer_statistics
 from nha_megatron.training.console import Console
+from nha_megatron.training.context import TrainingContext
 from nha_megatron.training.guards import LossGuard, TrainingError
 from nha_megatron.training.hardware import memory_high_water
-from nha_megatron.training.metrics import MetricsLog
 from nha_megatron.training.schedule import learning_rate
 from nha_megatron.training.signals import StopRequest
 from nha_megatron.training.slow_ranks import RankReports, WorkClock, modules_without_collectives
 from nha_megatron.training.stage_data import StageData
-from nha_megatron.training.stall import StallWatch
 from nha_megatron.training.throughput import Throughput
 
 
-@dataclass
-class Reporter:
-    """Where the writing rank's numbers go. The other ranks have none."""
-
-    log: MetricsLog
-    console: Console
-
-    def step(self, record: dict[str, Any], seconds_left: float, warnings: Iterable[str | None]) -> None:
-        self.log.write(record)
-        self.console.step(record, seconds_left)
-        for warning in warnings:
-            if warning is not None:
-                self.console.event(f"warning: {warning}")
-        if "validation_loss" in record:
-            self.console.event(f"step {record['step']}: validation loss {record['validation_loss']:.4f}")
-
-    def close(self) -> None:
-        self.console.close()
-        self.log.close()
-
-
-def train(
-    config: RunConfig,
-    engine: Engine,
-    layout: Layout,
-    data: StageData,
-    progress: Progress,
-    reporter: Reporter | None,
-    saver: CheckpointSaver,
-    watch: StallWatch,
-    until: int,
-) -> signal.Signals | None:
+def train(context: TrainingContext, progress: Progress, until: int) -> signal.Signals | None:
     """Trains from `progress`, which it advances, to step `until`; saves on the way and at the end.
 
     The data position follows from the step alone (training/stage_data.py).
     Returns the signal that ended the run early, with the run saved, or None when it is there.
     Raises `TrainingError` when the guards give the run up (training/guards.py). Collective over all ranks.
     """
+    config, engine, layout, data = context.config, context.engine, context.layout, context.data
+    reporter, saver, watch = context.reporter, context.saver, context.watch
     total = config.training.steps
     guard = LossGuard(config.guards, progress.guards)
     owed = False  # a checkpoint was due after a skipped step
     stages = config.stages
-    clock = WorkClock(list(modules_without_collectives(engine.model_chunks, layout, config)), layout.device)
+    clock = WorkClock(list(modules_without_collectives(engine)), layout.device)
     ranks = RankReports(layout, config.guards.slow_rank_ratio)
     with StopRequest() as stop:
         while progress.step < until:
@@ -97,7 +64,7 @@ def train(
             result = engine.train_step(batches, lr, guard.max_loss)
             warnings = [guard.observe(step, result.loss, result.grad_norm, result.skipped)]
             # Waits for the update itself on an accelerator, so it belongs to the time of the step.
-            stopped_by = stop.agreed(layout.device)
+            stopped_by = stop.agreed(layout.device, layout.world)
             seconds = time.perf_counter() - started
 
             progress.step = step
@@ -118,7 +85,7 @@ def train(
                 warnings.append(warning)
             record["memory"] = max(ranks.memory, memory_high_water(layout.device))
             if measure_layers:
-                record |= layer_statistics.collect(engine.model_chunks, config.model.stack, layout.device)
+                record |= layer_statistics.collect(engine.model_chunks, config.model.stack, layout.device, layout.world)
             if _due(step, config.training.validate_every, total):
                 watch.enter(step, "validation")
                 record["validation_loss"] = evaluate(engine, data, config.training.validate_batches)

@@ -18,7 +18,7 @@ class StopRequest:
 
         with StopRequest() as stop:
             while ...:
-                if stop.agreed(device): break
+                if stop.agreed(device, group): break
     """
 
     def __init__(self) -> None:
@@ -39,9 +39,9 @@ class StopRequest:
         if number != signal.SIGUSR1:
             signal.signal(number, self._previous[number])  # type: ignore[arg-type]
 
-    def agreed(self, device: torch.device) -> signal.Signals | None:
-        """The signal that any rank has received, the same answer on every rank. Collective: call it once a step everywhere."""
+    def agreed(self, device: torch.device, group: dist.ProcessGroup) -> signal.Signals | None:
+        """The signal that any rank of `group` has received, the same answer on all. Collective over it: call it once a step everywhere."""
         received = torch.tensor([self._received], dtype=torch.int32, device=device)
-        dist.all_reduce(received, op=dist.ReduceOp.MAX)
+        dist.all_reduce(received, op=dist.ReduceOp.MAX, group=group)
         number = int(received.item())
         return signal.Signals(number) if number else None

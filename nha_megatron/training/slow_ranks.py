@@ -2,7 +2,7 @@
 
 All ranks take equally long for a step, because they meet in collectives; the slow one is the one that waits least. So what is compared
 is a rank's own work between collectives: reading its batches, and the forward of modules that run no collective. On CUDA the device's
-clock is read around them, which sees a slow device as well as a host that feeds it late. Under ZeRO 3, where every module gathers its
+clock is read around them, which sees a slow device as well as a host that feeds it late. Under an engine whose modules gather their
 weights first, only the reading of batches is measured.
 
 One step of a logging interval is measured, with hooks that are there for that step only.
@@ -21,8 +21,7 @@ import torch.distributed as dist
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import nn
 
-from nha_megatron.config import RunConfig
-from nha_megatron.config.engines import zero_settings
+from nha_megatron.engine.base import Engine
 from nha_megatron.engine.layout import Layout
 from nha_megatron.training.hardware import memory_high_water
 
@@ -30,24 +29,21 @@ from nha_megatron.training.hardware import memory_high_water
 _NOTICEABLE = 0.1
 
 
-def modules_without_collectives(model_chunks: Sequence[nn.Module], layout: Layout, config: RunConfig) -> Iterator[nn.Module]:
-    """The largest modules of each layer whose forward runs no collective in this layout; none under ZeRO 3."""
-    zero = zero_settings(config.training)
-    if zero is not None and zero.stage == 3:
+def modules_without_collectives(engine: Engine) -> Iterator[nn.Module]:
+    """The largest modules of each layer whose forward runs no collective; none where modules gather their weights."""
+    if engine.modules_gather_weights:
         return
-    for chunk in model_chunks:
+    config, rank = engine.config, engine.config.rank_shape
+    for chunk in engine.model_chunks:
         for layer in chunk.modules():
             if not isinstance(layer, TransformerLayer):
                 continue
-            attention, mlp = layer.self_attention, layer.mlp
-            projections = [attention.linear_qkv, attention.linear_gate]
-            if layout.tp_size == 1:
-                yield mlp
-                yield from [attention] if layout.cp_size == 1 else [*projections, attention.linear_proj]
-            elif not config.parallel.sequence:  # which gathers the input of these
-                yield from [*projections, mlp.linear_fc1]
-            else:
+            if rank.sequence_parallel:  # all matrices gather or scatter
                 yield from [layer.input_layernorm, layer.pre_mlp_layernorm]
+                continue
+            kind = config.model.stack[layer.layer_number - 1].kind
+            yield from kind.modules_without_collectives(layer.self_attention, rank)
+            yield layer.mlp if rank.tensor == 1 else layer.mlp.linear_fc1
 
 
 class WorkClock:
@@ -93,14 +89,14 @@ class WorkClock:
         return event
 
 
-def slowest_rank(seconds: Sequence[float], stages: Sequence[int]) -> tuple[int, float, float] | None:
+def slowest_rank(seconds: Sequence[float], pipeline_stages: Sequence[int]) -> tuple[int, float, float] | None:
     """(rank, ratio, excess) of the rank whose work takes longest against the median of the others on its pipeline stage, in seconds.
 
-    Stages have different work, so ranks are compared within theirs. None when no stage has two ranks.
+    Pipeline stages have different work, so ranks are compared within theirs. None when no pipeline stage has two ranks.
     """
     found = None
     for rank, own in enumerate(seconds):
-        others = [value for other, value in enumerate(seconds) if other != rank and stages[other] == stages[rank]]
+        others = [value for other, value in enumerate(seconds) if other != rank and pipeline_stages[other] == pipeline_stages[rank]]
         if others:
             usual = max(median(others), 1e-9)
             if found is None or own / usual > found[1]:
@@ -115,8 +111,8 @@ class RankReports:
         self._layout = layout
         self._ratio = ratio
         places: list[tuple[str, int]] = [("", 0)] * layout.world_size
-        dist.all_gather_object(places, (socket.gethostname(), layout.pp_rank))
-        self._hosts, self._stages = zip(*places, strict=True)
+        dist.all_gather_object(places, (socket.gethostname(), layout.pp_rank), group=layout.world)
+        self._hosts, self._pipeline_stages = zip(*places, strict=True)
         self._named: int | None = None
         self.memory = 0
         """Bytes of the fullest rank, the most so far, as of the last `gather`."""
@@ -125,10 +121,10 @@ class RankReports:
         """Fields of the step's record, and a line for the user when a rank has become slow."""
         own = torch.tensor([work_seconds, memory_high_water(self._layout.device)], dtype=torch.float64, device=self._layout.device)
         all_ranks = own.new_empty(2 * self._layout.world_size)
-        dist.all_gather_into_tensor(all_ranks, own)
+        dist.all_gather_into_tensor(all_ranks, own, group=self._layout.world)
         seconds, memory = all_ranks.view(-1, 2).t().tolist()
         self.memory = int(max(memory))
-        slowest = slowest_rank(seconds, self._stages)
+        slowest = slowest_rank(seconds, self._pipeline_stages)
         if slowest is None:
             return {}, None
         rank, ratio, excess = slowest

@@ -72,24 +72,24 @@ def diagnose(before: Sequence[Beat], after: Sequence[Beat], seconds: float) -> s
 class StallWatch:
     """Watches this rank's main thread and, together with the other ranks' watches, the run.
 
-        with StallWatch(rank, world_size, limit=600) as watch:
+        with StallWatch(group, limit=600) as watch:
             for step in ...:
                 watch.enter(step, "data")
                 ...
 
-    Making one is collective over the default process group.
+    Making one is collective over `group`.
 
     Args:
+        group: all ranks of the job, whose key-value store is used.
         limit: seconds that the main thread may stay in one phase.
         say: called on one rank, with the message.
         end: called in the watching thread of every rank that stood still, after the message was said.
     """
 
     def __init__(
-        self, rank: int, world_size: int, limit: float, say: Callable[[str], None] | None = None, end: Callable[[], None] | None = None
+        self, group: dist.ProcessGroup, limit: float, say: Callable[[str], None] | None = None, end: Callable[[], None] | None = None
     ) -> None:
-        self._rank = rank
-        self._world_size = world_size
+        self._rank, self._world_size = group.rank(), group.size()
         self._limit = limit
         self._interval = min(limit / 10, LONGEST_INTERVAL_S)
         self._say = say or _print_error
@@ -101,7 +101,7 @@ class StallWatch:
         # A connection of its own: the group's is blocked while the main thread waits in it.
         self._store = dist.distributed_c10d._get_default_store().clone()
         self._publish()
-        dist.barrier()  # from here on every rank's key is there
+        dist.barrier(group=group)  # from here on every rank's key is there
         self._thread = threading.Thread(target=self._watch, name="stall watch", daemon=True)
 
     def __enter__(self) -> StallWatch:

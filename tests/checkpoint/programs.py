@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -26,9 +27,9 @@ from nha_megatron.checkpoint import manifest as manifest_module
 from nha_megatron.checkpoint import saver as saver_module
 from nha_megatron.checkpoint import shards as shards_module
 from nha_megatron.checkpoint.host_memory import HostMemory
-from nha_megatron.checkpoint.save import PendingSave
 from nha_megatron.checkpoint.saver import CheckpointSaver
 from nha_megatron.checkpoint.shards import ShardWriter
+from nha_megatron.checkpoint.write import PendingSave
 from nha_megatron.config import ConfigError, parse_config
 from nha_megatron.data.identity import data_identity
 from nha_megatron.engine.create import create_engine
@@ -101,9 +102,9 @@ def pretrain_with_a_file_limit(
 
 
 def pretrain_with_a_failing_call(plain: dict[str, Any], where: str) -> tuple[str | None, list[str]]:
-    """On rank 0, the named function of `checkpoint/save.py` or `shards.py` fails once, at the second checkpoint, as on a full disk."""
+    """On rank 0, the named function of `checkpoint/write.py` or `shards.py` fails once, at the second checkpoint, as on a full disk."""
     module, _, name = where.partition(".")
-    owner = {"save": PendingSave.__init__.__globals__, "shards": vars(shards_module)}[module]
+    owner = {"write": PendingSave.__init__.__globals__, "shards": vars(shards_module)}[module]
     original, calls = owner[name], 0
 
     def fails(*arguments: Any, **keywords: Any) -> Any:
@@ -175,6 +176,7 @@ class OneTensorEngine:
 
     def __init__(self, is_whole: bool) -> None:
         self._is_whole = is_whole
+        self.layout = SimpleNamespace(world=dist.group.WORLD)
 
     def sharded_state_dict(self, is_loading: bool) -> dict[str, Any]:
         offset = () if self._is_whole else ((0, 0, 2),)
@@ -213,7 +215,7 @@ def save_with_a_fault_of_the_program(root: str) -> str:
 def find(root: str) -> tuple[list[str], str | None]:
     """What was reported on the way to the newest sound checkpoint, and its path."""
     reports: list[str] = []
-    newest = find_newest(Path(root), reports.append)
+    newest = find_newest(Path(root), reports.append, dist.group.WORLD)
     return reports, None if newest is None else str(newest)
 
 
@@ -252,7 +254,7 @@ def resume(plain: dict[str, Any]) -> tuple[list[str], str | int | None]:
     reports: list[str] = []
     layout = create_layout(config, choose_device(config.training.device))
     try:
-        newest = find_newest(config.checkpoint_directory, reports.append)
+        newest = find_newest(config.checkpoint_directory, reports.append, layout.world)
         if newest is None:
             return reports, None
         engine = create_engine(config, layout.device, layout)

@@ -42,7 +42,7 @@ def test_on_gpus(tmp_path: Path, parallel: dict[str, Any]) -> None:
     world = parallel.get("tensor", 1)
     if torch.cuda.device_count() < world:
         pytest.skip(f"needs {world} CUDA devices")
-    # In processes of their own: one that trained on the CPU keeps the remedies for it.
+    # In processes of their own: one that trained on the CPU keeps the workarounds for it.
     with closing(RankPool()) as gpu_ranks:
         gpu_ranks.run(world, save_twice, backend="nccl", root=str(tmp_path), parallel=parallel, device="cuda")
     assert contents(tmp_path / "background") == contents(tmp_path / "waiting")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -93,6 +94,24 @@ def test_another_run_is_not_continued(ranks: RankPool, folder: Path, sections: d
     refusal = start(ranks, folder, **sections)
     assert refusal is not None and message in refusal
     assert checkpoints(folder) == ["latest", "step_2", "step_4"]
+
+
+def forget_fields(folder: Path) -> None:
+    """The checkpoints of the folder, as if guards.window_steps had its old name and a field of `model` had not been there."""
+    for manifest in (folder / "run" / "checkpoints").glob("step_*/manifest.json"):
+        content = json.loads(manifest.read_text())
+        guards = content["config"]["guards"]
+        guards["window"] = guards.pop("window_steps", 64)
+        content["config"]["model"].pop("empty_slots", None)
+        manifest.write_text(json.dumps(content))
+
+
+def test_what_an_older_version_did_not_know_or_called_otherwise_is_no_difference(ranks: RankPool, folder: Path) -> None:
+    forget_fields(folder)
+    assert start(ranks, folder) is None
+    forget_fields(folder)
+    refusal = start(ranks, folder, model={"empty_slots": "mask"}, training={"steps": 8})
+    assert refusal is not None and "model.empty_slots was 'attend', is 'mask'" in refusal
 
 
 @pytest.mark.parametrize(

@@ -90,18 +90,18 @@ def test_too_many_failures_in_a_row_end_the_run(ranks: RankPool, new: Path) -> N
 @pytest.mark.parametrize(
     "where",
     [
-        pytest.param("save.make_partial", marks=pytest.mark.slow),
+        pytest.param("write.make_partial", marks=pytest.mark.slow),
         pytest.param("shards.save_config", marks=pytest.mark.slow),
-        "save.write_manifest",
-        pytest.param("save.publish", marks=pytest.mark.slow),
-        pytest.param("save.write_latest", marks=pytest.mark.slow),
-        pytest.param("save.retain", marks=pytest.mark.slow),
+        "write.write_manifest",
+        pytest.param("write.publish", marks=pytest.mark.slow),
+        pytest.param("write.write_latest", marks=pytest.mark.slow),
+        pytest.param("write.retain", marks=pytest.mark.slow),
     ],
 )
 def test_a_failure_of_rank_0_alone_reaches_all(ranks: RankPool, new: Path, where: str) -> None:
     for message, said in ranks.run(2, pretrain_with_a_failing_call, plain=settings(new), where=where):
         assert message is None
-        is_saved = where in ("save.write_latest", "save.retain")
+        is_saved = where in ("write.write_latest", "write.retain")
         assert ("step_4 is saved, but" if is_saved else "step_4 could not be written") in said[1]
         assert "No space left on device" in said[1] and said[1].startswith("warning: ")
     assert checkpoints(new) == ["latest", "step_2", *["step_4"] * is_saved, "step_6"]

@@ -29,7 +29,7 @@ def train_from(weights: dict[str, torch.Tensor], training: dict[str, Any]) -> li
 
 
 def test_cuda_trains_like_the_cpu(ranks: RankPool) -> None:
-    # In a process of its own: a process that trained on the CPU keeps the remedies for it.
+    # In a process of its own: a process that trained on the CPU keeps the workarounds for it.
     with closing(RankPool()) as cpu_ranks:
         (cpu,) = cpu_ranks.run(1, train, config=tiny_config())
     (losses,) = ranks.run(1, train_from, backend="nccl", weights=cpu["weights"], training=CUDA)

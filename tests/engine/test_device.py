@@ -1,4 +1,4 @@
-"""Device choice, and the CPU remedies being where they belong."""
+"""Device choice, and the CPU workarounds being where they belong."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from nha_megatron.config import ConfigError
-from nha_megatron.engine import cpu_remedies
+from nha_megatron.engine import cpu_workarounds
 from nha_megatron.engine.device import backend_for, choose_device
 from tests.distributed import RankPool
 
@@ -40,28 +40,28 @@ def test_backend_follows_the_device() -> None:
     assert backend_for(torch.device("cuda", 3)) == "nccl"
 
 
-def test_remedies_are_for_the_cpu_only() -> None:
-    assert cpu_remedies.needed(torch.device("cpu"))
-    assert not cpu_remedies.needed(torch.device("cuda", 0))
+def test_workarounds_are_for_the_cpu_only() -> None:
+    assert cpu_workarounds.needed(torch.device("cpu"))
+    assert not cpu_workarounds.needed(torch.device("cuda", 0))
 
 
-def test_remedies_stay_out_on_cuda() -> None:
+def test_workarounds_stay_out_on_cuda() -> None:
     """This process never enters them (only the pool's ranks do), so a leak would show."""
-    assert not cpu_remedies.active()
+    assert not cpu_workarounds.active()
     before = (torch.cuda.current_device, torch.cuda.synchronize, torch.cuda.get_rng_state)
-    cpu_remedies.enter(torch.device("cuda", 0))
-    assert not cpu_remedies.active()
+    cpu_workarounds.enter(torch.device("cuda", 0))
+    assert not cpu_workarounds.active()
     assert (torch.cuda.current_device, torch.cuda.synchronize, torch.cuda.get_rng_state) == before
     assert torch.ones(1).type() == "torch.FloatTensor"
 
 
-def use_remedies_twice() -> dict[str, object]:
-    cpu_remedies.enter(torch.device("cpu"))
+def use_workarounds_twice() -> dict[str, object]:
+    cpu_workarounds.enter(torch.device("cpu"))
     modes = torch.overrides._get_current_function_mode_stack()
-    cpu_remedies.enter(torch.device("cpu"))
+    cpu_workarounds.enter(torch.device("cpu"))
     x = torch.ones(2)
     return {
-        "entered once": len(torch.overrides._get_current_function_mode_stack()) == len(modes) and cpu_remedies.active(),
+        "entered once": len(torch.overrides._get_current_function_mode_stack()) == len(modes) and cpu_workarounds.active(),
         "cur": torch.empty(1, device=torch.cuda.current_device()).device.type,
         "literal": {torch.zeros(1, device="cuda").device.type, x.to("cuda:0").device.type, x.cuda().device.type},
         "pinned": torch.zeros(1, pin_memory=True).is_pinned(),
@@ -71,8 +71,8 @@ def use_remedies_twice() -> dict[str, object]:
     }
 
 
-def test_remedies_make_cuda_mean_cpu(ranks: RankPool) -> None:
-    assert ranks.run(1, use_remedies_twice) == [
+def test_workarounds_make_cuda_mean_cpu(ranks: RankPool) -> None:
+    assert ranks.run(1, use_workarounds_twice) == [
         {
             "entered once": True,
             "cur": "cpu",

@@ -21,7 +21,7 @@ def place(parallel: dict[str, Any]) -> dict[str, Any]:
         "sizes": (layout.pp_size, layout.dp_size, layout.cp_size, layout.tp_size),
         "context group": dist.get_process_group_ranks(groups.cp),
         "gradient group": dist.get_process_group_ranks(groups.dp_cp),
-        "last stage": layout.is_last_stage,
+        "last stage": layout.is_last_pipeline_stage,
         "text": layout.describe(),
     }
 

@@ -31,7 +31,7 @@ ENGINES: dict[str, dict[str, Any]] = {
 
 @pytest.fixture
 def gpu_ranks() -> Iterator[RankPool]:
-    """Processes of their own: one that trained on the CPU keeps the remedies for it, and DeepSpeed is set up for one kind of device."""
+    """Processes of their own: one that trained on the CPU keeps the workarounds for it, and DeepSpeed is set up for one kind of device."""
     with closing(RankPool()) as pool:
         yield pool
 

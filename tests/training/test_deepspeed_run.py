@@ -18,7 +18,7 @@ from tests.training import small_run
 
 pytestmark = needs_deepspeed
 
-PRETRAIN = "tests.engine.deepspeed_programs:pretrain"
+PRETRAIN = "tests.engine.deepspeed.programs:pretrain"
 VALIDATION = {"validate_every": 2, "validate_batches": 2}
 
 

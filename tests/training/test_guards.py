@@ -16,7 +16,7 @@ WINDOW = 32
 
 
 def guard(**settings: Any) -> LossGuard:
-    return LossGuard(GuardsConfig(window=WINDOW, **settings))
+    return LossGuard(GuardsConfig(window_steps=WINDOW, **settings))
 
 
 def feed(guard: LossGuard, losses: list[float], first: int = 1) -> list[int]:
@@ -116,6 +116,6 @@ def test_the_state_survives_being_written_as_json() -> None:
     whole, first = guard(loss_spike="skip"), guard(loss_spike="skip")
     spoken = feed(whole, losses)
     feed(first, losses[:155])
-    resumed = LossGuard(GuardsConfig(window=WINDOW, loss_spike="skip"), json.loads(json.dumps(first.state())))
+    resumed = LossGuard(GuardsConfig(window_steps=WINDOW, loss_spike="skip"), json.loads(json.dumps(first.state())))
     assert feed(resumed, losses[155:], first=156) == [step for step in spoken if step > 155] == [191]
     assert resumed.state() == whole.state()

@@ -17,7 +17,7 @@ def steps_until_stop(signalled_rank: int, at_step: int) -> tuple[int, str]:
         for step in range(1, 10):
             if dist.get_rank() == signalled_rank and step == at_step:
                 os.kill(os.getpid(), signal.SIGTERM)
-            stopped_by = stop.agreed(torch.device("cpu"))
+            stopped_by = stop.agreed(torch.device("cpu"), dist.group.WORLD)
             if stopped_by:
                 return step, stopped_by.name
     return 0, ""

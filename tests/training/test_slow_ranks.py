@@ -23,8 +23,8 @@ from tests.engine import programs
 from tests.training import small_run
 
 
-def test_ranks_are_compared_with_the_others_of_their_stage() -> None:
-    # The last stage has the loss: three times the work, and nobody slow. Rank 1 works a third longer than its peers.
+def test_ranks_are_compared_with_the_others_of_their_pipeline_stage() -> None:
+    # The last pipeline stage has the loss: three times the work, and nobody slow. Rank 1 works a third longer than its peers.
     assert slowest_rank([3.0, 4.0, 3.0, 9.0, 9.0, 9.0], [0, 0, 0, 1, 1, 1]) == (1, pytest.approx(4 / 3), pytest.approx(1.0))
     assert slowest_rank([2.0, 1.0], [0, 0]) == (0, 2.0, 1.0)
 
@@ -59,7 +59,7 @@ def collectives_inside(**sections: Any) -> tuple[int, int, int]:
     """Program: (measured modules, collectives inside of their forward, collectives of the step)."""
     config = programs.tiny_config(**sections)
     engine = programs.make_engine(config)
-    modules = list(modules_without_collectives(engine.model_chunks, engine.layout, config))
+    modules = list(modules_without_collectives(engine))
     with Collectives() as seen:
         for module in modules:
             module.register_forward_pre_hook(seen.enter)
@@ -84,15 +84,15 @@ def test_no_collective_runs_in_what_is_measured(ranks: RankPool, parallel: dict[
         assert (measured, inside) == (modules, 0) and total > 0
 
 
-def measured_modules(stage: int) -> int:
-    """Program: how many modules of the tiny model are measured under ZeRO `stage`."""
-    config = programs.tiny_config(training={"engine": "deepspeed", "deepspeed": {"zero_optimization": {"stage": stage}}})
+def measured_modules(gathers: bool) -> int:
+    """Program: how many modules of the tiny model are measured, whether or not they gather their weights."""
     engine = programs.make_engine(programs.tiny_config())
-    return len(list(modules_without_collectives(engine.model_chunks, engine.layout, config)))
+    engine.modules_gather_weights = gathers
+    return len(list(modules_without_collectives(engine)))
 
 
-def test_under_zero_3_no_module_is_measured_because_all_gather_their_weights(ranks: RankPool) -> None:
-    assert [ranks.run(1, measured_modules, stage=stage) for stage in (2, 3)] == [[2 * 4], [0]]
+def test_modules_that_gather_their_weights_are_not_measured(ranks: RankPool) -> None:
+    assert [ranks.run(1, measured_modules, gathers=gathers) for gathers in (False, True)] == [[2 * 4], [0]]
 
 
 def pretrain_with_a_slow_rank(plain: dict[str, Any], rank: int, place: str) -> str | None:
@@ -153,7 +153,7 @@ def test_work_on_a_gpu_is_measured_by_its_clock() -> None:
 
 def reports(work: dict[int, list[float]]) -> list[str | None]:
     """Program: the lines of successive intervals in which the ranks worked so long, in steps of 10 s."""
-    layout: Any = SimpleNamespace(world_size=2, pp_rank=0, device=torch.device("cpu"))
+    layout: Any = SimpleNamespace(world_size=2, pp_rank=0, device=torch.device("cpu"), world=dist.group.WORLD)
     ranks = RankReports(layout, ratio=1.5)
     return [ranks.gather(step, seconds, 10.0)[1] for step, seconds in enumerate(work[dist.get_rank()], 1)]
 

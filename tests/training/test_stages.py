@@ -31,7 +31,7 @@ def settings(folder: Path, name: str, stages: list[dict[str, Any]] | None = None
     training = {**STEPS, "validate_every": 1, "validate_batches": 1, "stages": stages or None, **sections.pop("training", {})}
     checkpoint = {"every": 1, "keep": 10}
     return small_run.settings(
-        folder, training=training, checkpoint=checkpoint, logging={"directory": str(folder / name)}, guards={"window": 8}, **sections
+        folder, training=training, checkpoint=checkpoint, logging={"directory": str(folder / name)}, guards={"window_steps": 8}, **sections
     )
 
 

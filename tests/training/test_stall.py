@@ -47,7 +47,7 @@ def test_no_rank_is_blamed_when_all_are_alive_in_the_same_phase() -> None:
 def stand_still(limit: float, late_rank: int) -> tuple[list[str], float]:
     """On a rank: everybody reaches the update of step 1 but `late_rank`, and nobody goes on."""
     ended, messages, started = threading.Event(), list[str](), time.monotonic()
-    with StallWatch(dist.get_rank(), dist.get_world_size(), limit, messages.append, ended.set) as watch:
+    with StallWatch(dist.group.WORLD, limit, messages.append, ended.set) as watch:
         watch.enter(1, "data")
         if dist.get_rank() != late_rank:
             watch.enter(1, "update")
@@ -66,7 +66,7 @@ def test_one_message_for_all_ranks_and_every_rank_ends(ranks: RankPool) -> None:
 def moving(limit: float) -> list[str]:
     """On a rank: five phases that together take longer than the limit, each alone does not."""
     messages: list[str] = []
-    with StallWatch(dist.get_rank(), dist.get_world_size(), limit, messages.append, lambda: messages.append("ended")) as watch:
+    with StallWatch(dist.group.WORLD, limit, messages.append, lambda: messages.append("ended")) as watch:
         for step in range(5):
             watch.enter(step, "update")
             time.sleep(0.3 * limit)

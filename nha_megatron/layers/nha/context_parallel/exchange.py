@@ -30,7 +30,7 @@ from nha_kernels.conventions import EmptySlots
 from nha_kernels.slot_summary import add_summary_gradients, summarise_slots
 from nha_megatron.layers.boundaries import boundaries_on, documents_of_rows
 
-from .messages import forward_message, start_backward_message, used_here
+from .messages import forward_message, mark_used_on_this_stream, start_backward_message
 from .plan import ContextParallelPlan, plan_context_parallel
 from .summaries import compose_slots, piece_gradient
 
@@ -207,7 +207,7 @@ class _Exchange(torch.autograd.Function):
                 d_piece = piece_gradient(plan, piece, slot_gradients, log_decays, before)
                 k, v, g = (x[:, held + piece.start : held + piece.stop] for x in (keys, values, log_gates))
                 dk, dv, dg = (x[:, piece.start : piece.stop] for x in d_tokens)
-                used_here(*of_piece)
+                mark_used_on_this_stream(*of_piece)
                 add_summary_gradients(k, v, g, of_piece, d_piece, dk, dv, dg)
         for send, d_rows in zip(plan.sends, d_sent, strict=True):
             for total, gradient in zip(d_tokens, d_rows, strict=True):

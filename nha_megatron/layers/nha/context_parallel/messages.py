@@ -58,14 +58,14 @@ def _packs(plan: ContextParallelPlan, like: Tokens) -> bool:
     return len(plan.pieces) > 0 and packs_halo(halo_bytes, plan.window, plan.tokens_per_rank, plan.num_ranks)
 
 
-def used_here(*tensors: Tensor) -> None:
+def mark_used_on_this_stream(*tensors: Tensor) -> None:
     """Tells the allocator that the current stream reads tensors that were made on the stream of the exchange."""
     for x in tensors:
         if x.is_cuda:
             x.record_stream(torch.cuda.current_stream(x.device))
 
 
-class _Layout:
+class _MessageFormat:
     """Tensors in one buffer of bytes, each at a multiple of 16 so that kernels may read it as it lies."""
 
     def __init__(self, parts: Sequence[tuple[tuple[int, ...], torch.dtype]]) -> None:
@@ -82,10 +82,10 @@ class _Layout:
         ]
 
 
-def _layout(plan: ContextParallelPlan, first: tuple[int, ...], like: Tokens) -> _Layout:
+def _format(plan: ContextParallelPlan, first: tuple[int, ...], like: Tokens) -> _MessageFormat:
     """Of pieces or gradients of slots, and of W tokens."""
     tokens = [((x.shape[0], plan.window, *x.shape[2:]), x.dtype) for x in like]
-    return _Layout([(first, accumulation_dtype(like[0].dtype)), *tokens])
+    return _MessageFormat([(first, accumulation_dtype(like[0].dtype)), *tokens])
 
 
 def _gather_bytes(message: Tensor, group: dist.ProcessGroup) -> tuple[Tensor, dist.Work]:
@@ -96,9 +96,9 @@ def _gather_bytes(message: Tensor, group: dist.ProcessGroup) -> tuple[Tensor, di
 class _PackedForward:
     def __init__(self, plan: ContextParallelPlan, group: dist.ProcessGroup, tokens: Tokens) -> None:
         self.plan, self.group = plan, group
-        self.layout = _layout(plan, _pieces_shape(plan, tokens), tokens)
-        self.message = tokens[0].new_empty(self.layout.num_bytes, dtype=torch.uint8)
-        self.pieces, *tail = self.layout.views(self.message)
+        self.format = _format(plan, _pieces_shape(plan, tokens), tokens)
+        self.message = tokens[0].new_empty(self.format.num_bytes, dtype=torch.uint8)
+        self.pieces, *tail = self.format.views(self.message)
         for part, x in zip(tail, tokens, strict=True):
             part.copy_(x[:, plan.tokens_per_rank - plan.window :])
 
@@ -107,9 +107,9 @@ class _PackedForward:
 
     def wait(self, halo: Tokens) -> Tensor:
         self.work.wait()
-        used_here(self.gathered)
+        mark_used_on_this_stream(self.gathered)
         if self.plan.halo_tokens:
-            _, *tail = self.layout.views(self.gathered[self.plan.rank - 1])
+            _, *tail = self.format.views(self.gathered[self.plan.rank - 1])
             for to, part in zip(halo, tail, strict=True):
                 to.copy_(part[:, self.plan.window - self.plan.halo_tokens :])
         return _first_of_all_ranks(self.gathered, self.pieces)
@@ -118,9 +118,9 @@ class _PackedForward:
 class _PackedBackward:
     def __init__(self, plan: ContextParallelPlan, group: dist.ProcessGroup, d_slots: Tensor, d_halo: Tokens) -> None:
         self.plan = plan
-        self.layout = _layout(plan, tuple(d_slots.shape), d_halo)
-        message = d_slots.new_empty(self.layout.num_bytes, dtype=torch.uint8)
-        self.slots, *tail = self.layout.views(message)
+        self.format = _format(plan, tuple(d_slots.shape), d_halo)
+        message = d_slots.new_empty(self.format.num_bytes, dtype=torch.uint8)
+        self.slots, *tail = self.format.views(message)
         self.slots.copy_(d_slots)
         for part, x in zip(tail, d_halo, strict=True):
             part[:, plan.window - plan.halo_tokens :].copy_(x)
@@ -130,7 +130,7 @@ class _PackedBackward:
         self.work.wait()
         received = []
         for send in self.plan.sends:
-            _, keys, values, log_gates = (x[:, -send.tokens :] for x in self.layout.views(self.gathered[send.rank]))
+            _, keys, values, log_gates = (x[:, -send.tokens :] for x in self.format.views(self.gathered[send.rank]))
             received.append((keys, values, log_gates))
         return _first_of_all_ranks(self.gathered, self.slots[None]), received
 
@@ -152,7 +152,7 @@ class _SeparateForward:
             to.copy_(part)
         if self.pieces_arrive is not None:
             self.pieces_arrive.wait()
-        used_here(self.received, self.gathered)
+        mark_used_on_this_stream(self.received, self.gathered)
         return self.gathered
 
 

@@ -13,7 +13,7 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from nha_megatron.checkpoint.safety import read_metadata
 from nha_megatron.checkpoint.weights import CheckpointWeights
 from tests.distributed import RankPool
-from tests.engine.deepspeed_programs import (
+from tests.engine.deepspeed.programs import (
     few_threads,  # noqa: F401
     make_engine,
     zero,

@@ -62,7 +62,7 @@ def _worth_saying(record: logging.LogRecord) -> bool:
 def _forget_earlier_engine() -> None:
     """Drops what DeepSpeed keeps of an engine that this process had before, so that its memory and its groups can go.
 
-    It caches torch's world group, which may have been left for another one, and under stage 3 the model.
+    It caches torch's world group, which may have been left for another one, and under ZeRO 3 the model.
     """
     from deepspeed.comm import comm
     from deepspeed.runtime.zero import parameter_offload
@@ -143,7 +143,7 @@ def deepspeed_config(config: RunConfig, rank_parameters: int) -> dict[str, Any]:
 
 
 def _even(count: int) -> int:
-    # Stages 1 and 2 want their gather bucket aligned to two elements.
+    # ZeRO 1 and 2 want their gather bucket aligned to two elements.
     return count + count % 2
 
 

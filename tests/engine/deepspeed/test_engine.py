@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 import torch
 
-from nha_megatron.engine.deepspeed_partitions import read, write
+from nha_megatron.engine.deepspeed.partitions import read, write
 from tests.distributed import RankError, RankPool
 from tests.engine import programs
-from tests.engine.deepspeed_programs import (
+from tests.engine.deepspeed.programs import (
     few_threads,  # noqa: F401
     full_weights,
     make_engine,
@@ -80,7 +80,7 @@ def tolerances(variant: str, parallel: dict[str, Any]) -> tuple[float, float, fl
     if variant != "bf16":
         return 2e-6, 5e-5, 5e-4  # test_parallel_parity.py
     if "tensor" in parallel:
-        # Every layer adds the tensor ranks' parts in 8 bits: 4e-3 an operation, averaged over 256 tokens (test_megatron.py).
+        # Every layer adds the tensor ranks' parts in 8 bits: 4e-3 an operation, averaged over 256 tokens (megatron/test_engine.py).
         return 5e-3, 5e-3, 5e-2
     # The same products; only gradients are added in another order, some of them after rounding to 8 bits.
     return 4e-5, 1e-3, 1e-2
@@ -243,6 +243,16 @@ def test_a_faulty_copy_of_a_replicated_parameter_is_seen(ranks: RankPool, stage:
 @pytest.mark.parametrize("stage", [1, slow(2), slow(3)])
 def test_no_operator_is_compiled(ranks: RankPool, stage: int) -> None:
     assert ranks.run(1, optimizer_without_a_compiler, config=tiny_config(training=zero(stage))) == [("AdamW", False)]
+
+
+def what_the_loop_asks(stage: int) -> tuple[list[str], bool, bool]:
+    engine = make_engine(tiny_config(training=zero(stage)))
+    return engine.choices, engine.modules_gather_weights, engine.leaves_groups_alone
+
+
+@pytest.mark.parametrize(("stage", "gathers"), [(2, False), (3, True)])
+def test_the_engine_says_what_it_is(ranks: RankPool, stage: int, gathers: bool) -> None:
+    assert ranks.run(1, what_the_loop_asks, stage=stage) == [([f"engine deepspeed, ZeRO stage {stage}"], gathers, gathers)]
 
 
 def all_masked() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,18 +13,16 @@ import torch.distributed as dist
 from megatron.core.transformer.module import Float16Module
 from torch import Tensor, nn
 
-from nha_megatron.config import ConfigError
-from nha_megatron.engine.base import StepResult
-from nha_megatron.engine.deepspeed_partitions import create_adam_state, read, write
-from nha_megatron.engine.deepspeed_setup import ModelParallelUnit, build_sharded, deepspeed_config, import_deepspeed
-from nha_megatron.engine.deepspeed_state import ModelSpaceState
-from nha_megatron.engine.finite import finite_on_all_ranks
+from nha_megatron.config.engines import zero_settings
+from nha_megatron.engine.base import Engine, StepResult
+from nha_megatron.engine.deepspeed.partitions import create_adam_state, read, write
+from nha_megatron.engine.deepspeed.replicated_gradients import ReplicatedGradients
+from nha_megatron.engine.deepspeed.setup import ModelParallelUnit, build_sharded, deepspeed_config, import_deepspeed
+from nha_megatron.engine.deepspeed.state import ModelSpaceState
 from nha_megatron.engine.forward import forward_batch
 from nha_megatron.engine.layout import Layout
-from nha_megatron.engine.replicated_gradients import ReplicatedGradients
 from nha_megatron.model.build import build_model
 from nha_megatron.model.initialize import initialize_weights
-from nha_megatron.model.parameters import full_shape, shard_of
 
 if TYPE_CHECKING:
     from nha_megatron.config import RunConfig
@@ -42,8 +40,8 @@ class _AdamW(torch.optim.AdamW):
         return None if self.held else super().step(closure)
 
 
-class DeepSpeedEngine:
-    """Trains one model over a `Layout` without pipeline stages. See `nha_megatron.engine.base.Engine` for the methods.
+class DeepSpeedEngine(Engine):
+    """Trains one model over a `Layout` without pipeline stages.
 
     DeepSpeed averages gradients over the group in which it shards. Each rank's loss is therefore its sum, times the size of the group,
     divided by the tokens that count in the whole global batch, which are known before the first forward: the average is then the
@@ -52,21 +50,24 @@ class DeepSpeedEngine:
 
     def __init__(self, config: RunConfig, device: torch.device, layout: Layout) -> None:
         assert layout.pp_size == 1, "refused by config/deepspeed.py"
-        self.config = config
-        self.device = device
-        self.layout = layout
-        self.choices: list[str] = []
+        super().__init__(config, device, layout)
+        zero = zero_settings(config.training)
+        assert zero is not None
+        self.choices.append(f"engine deepspeed, ZeRO stage {zero.stage}")
+        self.modules_gather_weights = zero.stage == 3
+        # Now and then the process aborts when gloo's groups are destroyed after ZeRO 3 (DeepSpeed 0.19.8, torch 2.13).
+        self.leaves_groups_alone = zero.stage == 3 and device.type == "cpu"
         package = import_deepspeed(device)
         (self._twin,) = build_model(config, _META, layout.groups)
         settings = deepspeed_config(config, sum(parameter.numel() for parameter in self._twin.parameters()))
         unit = ModelParallelUnit(layout)
-        if settings["zero_optimization"]["stage"] == 3:
+        if zero.stage == 3:
             model = build_sharded(config, device, layout, settings, unit)
         else:
             (model,) = build_model(config, device, layout.groups)
             initialize_weights([model], config.model, config.training.seed, layout.tp_rank, layout.tp_size)
         self._parameters = dict(model.named_parameters())
-        self._replicated = ReplicatedGradients(model, layout.groups.tp, device)
+        self._replicated = ReplicatedGradients(model, layout.groups.tp, layout.world, device)
         self._fused = device.type == "cuda"
         self._adam = self._make_optimizer()
         with contextlib.redirect_stdout(io.StringIO()):  # a table of memory for each parameter group
@@ -77,31 +78,24 @@ class DeepSpeedEngine:
                 mpu=unit,
                 dist_init_required=False,
             )
-        self.model_chunks: list[nn.Module] = [self._engine.module]
+        self.model_chunks = [self._engine.module]
         self.optimizer = self._engine.optimizer
         create_adam_state(self.optimizer, self._fused)
         self._state = ModelSpaceState(self._parameters, self._twin, self.optimizer, layout.groups.dp_cp)
 
     def _make_optimizer(self) -> _AdamW:
         settings = self.config.optimizer
-        # Asked of the twin: under stage 3 every parameter looks like an empty vector.
-        exempt = {name for name, twin in self._twin.named_parameters() if twin.dim() == 1 or twin.no_weight_decay}
+        exempt = {name for name, twin in self._twin.named_parameters() if twin.no_weight_decay}
         decayed = [parameter for name, parameter in self._parameters.items() if name not in exempt]
         others = [parameter for name, parameter in self._parameters.items() if name in exempt]
         groups = [{"params": decayed, "weight_decay": settings.weight_decay}, {"params": others, "weight_decay": 0.0}]
         return _AdamW(groups, lr=settings.lr, betas=settings.betas, eps=settings.eps, fused=self._fused)
 
-    def begin_stage(self, config: RunConfig) -> None:
-        """Batch sizes and sequence length are those of the batches: nothing is built anew."""
-        self.config = config
-
     def train_step(self, batches: Sequence[Batch], lr: float, max_loss: float = math.inf) -> StepResult:
-        """One update over this rank's micro batches of a global batch; not applied when it is not finite, or the loss above `max_loss`."""
+        """See `Engine`."""
         tokens = self._count(batches)
-        if tokens == 0:
-            raise ConfigError("the global batch has no token that counts: every label is masked. Check the data and its loss masks.")
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
+        self._require_counted(tokens)
+        self._set_learning_rate(lr)
         loss_sum = self._accumulate_gradients(batches, tokens)
         # Every term is the same number on every rank, so all ranks decide alike. The comparison is false for NaN.
         faulty = self._replicated.take_faulty()
@@ -127,7 +121,7 @@ class DeepSpeedEngine:
         total = torch.zeros((), dtype=torch.float64, device=self.device)
         for index, batch in enumerate(batches):
             self._engine.set_gradient_accumulation_boundary(index == len(batches) - 1)
-            loss, _ = forward_batch(self._engine, batch, self.device)
+            loss, _ = forward_batch(self._engine, batch, self.layout)
             self._engine.backward(loss * scale, scale_wrt_gas=False)
             total += loss.detach()
         dist.all_reduce(total, group=self.layout.groups.dp_cp)
@@ -135,49 +129,41 @@ class DeepSpeedEngine:
 
     @torch.no_grad()
     def evaluate(self, batches: Sequence[Batch]) -> tuple[float, int]:
-        """(loss sum, counted tokens) over all ranks' micro batches."""
+        """See `Engine`."""
         self._engine.eval()
         total = torch.zeros((), dtype=torch.float64, device=self.device)
         for batch in batches:
-            total += forward_batch(self._engine, batch, self.device)[0]
+            total += forward_batch(self._engine, batch, self.layout)[0]
         dist.all_reduce(total, group=self.layout.groups.dp_cp)
         return total.item(), self._count(batches)
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """This rank's parameters under names that do not depend on the layout. Under stage 3 those that are partitioned are empty."""
+        """See `Engine`. Under ZeRO 3 those that are partitioned are empty."""
         return iter(self._parameters.items())
 
-    def finite_weights(self) -> bool:
-        """Whether every fp32 weight, put together as for a checkpoint, is finite: the same answer on all ranks.
+    def _weights_to_save(self) -> Iterable[Tensor]:
+        # Not the partitions themselves: those of ZeRO 3 end in padding, which is whatever was in memory.
+        return (read(parameter, "param") for parameter in self._parameters.values())
 
-        Not asked of the partitions themselves: those of stage 3 end in padding, which is whatever was in memory.
-        """
-        return finite_on_all_ranks((read(parameter, "param") for parameter in self._parameters.values()), self.device)
+    def _shaped_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        return self._twin.named_parameters()
 
-    def load_weights(self, weights: Mapping[str, Tensor]) -> None:
-        """Takes full tensors by layout-independent name. Raises ConfigError if a tensor is missing or has another shape."""
-        for name, twin in self._twin.named_parameters():
-            if name not in weights:
-                raise ConfigError(f"the weights to start from have no tensor {name!r}; they belong to another model shape")
-            shape = full_shape(twin, self.layout.tp_size)
-            if tuple(weights[name].shape) != shape:
-                raise ConfigError(f"tensor {name!r} to start from is {tuple(weights[name].shape)}, the configuration makes it {shape}")
-            parameter = self._parameters[name]
-            shard = shard_of(weights[name], twin, self.layout.tp_rank, self.layout.tp_size)
-            write(parameter, "param", shard.to(parameter.dtype))
+    def _take_weight(self, name: str, parameter: nn.Parameter, shard: Tensor) -> None:
+        own = self._parameters[name]
+        write(own, "param", shard.to(own.dtype))
 
     def sharded_state_dict(self, is_loading: bool) -> dict[str, Any]:
-        """`model0` and `optimizer`, for `dist_checkpointing.save` or `load`, as the Megatron engine names them."""
+        """See `Engine`."""
         return self._state.to_load() if is_loading else self._state.to_save()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continues from a loaded checkpoint, whatever layout and engine wrote it."""
+        """See `Engine`."""
         self._state.take(state)
 
     def close(self) -> None:
         """Takes DeepSpeed's hooks off the parameters, which keep engine, state and process groups (each with threads, on gloo) for ever.
 
-        Under stage 3 something of it stays all the same (0.19.8), so what is large is emptied.
+        Under ZeRO 3 something of it stays all the same (0.19.8), so what is large is emptied.
         """
         self._engine.destroy()
         self._engine.optimizer = None

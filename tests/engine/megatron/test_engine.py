@@ -182,7 +182,7 @@ def test_recomputation_of_some_layers_changes_nothing(ranks: RankPool, world: in
 
 def forwards_of_operator(recompute: str, layers: int | None) -> int:
     """How often the operator runs in one forward and backward of one micro batch."""
-    from nha_megatron.attention import layer as layer_module
+    from nha_megatron.layers.nha import layer as layer_module
 
     config = tiny_config(training={"recompute": recompute, "recompute_layers": layers, "global_batch_size": 1})
     engine = make_engine(config)

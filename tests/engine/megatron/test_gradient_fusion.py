@@ -18,7 +18,7 @@ from torch import Tensor
 from nha_megatron.config import ConfigError
 from nha_megatron.config.gradient_fusion import EXTENSION
 from nha_megatron.config.inputs import missing_inputs
-from nha_megatron.engine.gradient_fusion import choose_gradient_fusion
+from nha_megatron.engine.megatron.gradient_fusion import choose_gradient_fusion
 from nha_megatron.estimate.report import check_report
 from tests.config.cases import run
 from tests.distributed import RankPool
@@ -44,7 +44,7 @@ class Extension(ModuleType):
 def train_fused(config: Any, **options: Any) -> dict[str, Any]:
     from megatron.core.tensor_parallel import layers
 
-    from nha_megatron.engine import megatron
+    from nha_megatron.engine.megatron import engine as megatron
 
     extension = Extension()
     with (

@@ -15,8 +15,8 @@ from nha_megatron.config import RunConfig
 from nha_megatron.engine.base import Engine
 from nha_megatron.engine.create import create_engine
 from nha_megatron.engine.deepspeed import DeepSpeedEngine
-from nha_megatron.engine.deepspeed_partitions import read
-from nha_megatron.engine.deepspeed_setup import import_deepspeed
+from nha_megatron.engine.deepspeed.partitions import read
+from nha_megatron.engine.deepspeed.setup import import_deepspeed
 from nha_megatron.engine.device import choose_device
 from nha_megatron.engine.layout import create_layout
 from nha_megatron.model.parameters import full_from_shards

@@ -1,10 +1,10 @@
-"""Megatron-core on a CPU: five remedies for its assumptions that there is a CUDA device.
+"""Megatron-core on a CPU: five workarounds for its assumptions that there is a CUDA device.
 
 Megatron-core has no CPU path, but most of its code does not care where tensors are. What does care is listed here
 by the lines that need it (megatron-core 0.16.1); 0.19.2 has the same statements on other lines. `enter` puts
-the remedies in place once per process, and only when the device of the run is the CPU: on CUDA nothing here runs.
+the workarounds in place once per process, and only when the device of the run is the CPU: on CUDA nothing here runs.
 
-| remedy  | what it does                                                          | needed by, for example                       |
+| name    | what it does                                                          | needed by, for example                       |
 |---------|-----------------------------------------------------------------------|----------------------------------------------|
 | cur     | `torch.cuda.current_device()` is the CPU                              | `param_and_grad_buffer.py:806`, 110 more     |
 | sync    | `torch.cuda.synchronize`, `empty_cache`, `current_stream` do nothing  | `p2p_communication.py:242`                   |
@@ -30,17 +30,17 @@ _mode: _CudaMeansCpu | None = None
 
 
 def needed(device: torch.device) -> bool:
-    """Whether a run on `device` needs the remedies: on the CPU, also on a host that has CUDA devices."""
+    """Whether a run on `device` needs the workarounds: on the CPU, also on a host that has CUDA devices."""
     return device.type == "cpu"
 
 
 def active() -> bool:
-    """Whether the remedies are in place in this process."""
+    """Whether the workarounds are in place in this process."""
     return _mode is not None
 
 
 def enter(device: torch.device) -> None:
-    """Puts the remedies in place if a run on `device` needs them. Calling it again changes nothing."""
+    """Puts the workarounds in place if a run on `device` needs them. Calling it again changes nothing."""
     global _mode
     if not needed(device) or active():
         return

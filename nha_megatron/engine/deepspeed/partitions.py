@@ -1,11 +1,11 @@
 """The optimizer's state under ZeRO, one parameter at a time: read whole, written in parts.
 
 ZeRO keeps for each parameter an fp32 copy (`param`) and Adam's two moments (`exp_avg`, `exp_avg_sq`), cut over the ranks of the
-data x context group. Here they look like tensors of the parameter's shape on its tensor rank, whatever the stage. Built on DeepSpeed's
+data x context group. Here they look like tensors of the parameter's shape on its tensor rank, whatever ZeRO stage. Built on DeepSpeed's
 `safe_get_*` and `safe_set_*`, with the gaps that they leave (0.19.8):
 
 - moments exist only after the first update: `create_adam_state` makes those of step 0;
-- a whole tensor cannot be written under stage 3 when its size does not divide by the ranks: `write` pads it;
+- a whole tensor cannot be written under ZeRO 3 when its size does not divide by the ranks: `write` pads it;
 - the fp32 copy alone is written: `write` writes the weights that the model computes with, too.
 """
 
@@ -17,11 +17,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-STATE_KEYS = ("param", "exp_avg", "exp_avg_sq")
-
 
 def flat_partitions(optimizer: Any) -> list[Tensor]:
-    """This rank's parts of the fp32 weights, flat: what Adam updates. `optimizer` is that of a DeepSpeed engine, of any stage."""
+    """This rank's parts of the fp32 weights, flat: what Adam updates. `optimizer` is that of a DeepSpeed engine, of any ZeRO stage."""
     for name in ("fp32_partitioned_groups_flat", "single_partition_of_fp32_groups", "fp32_groups_flat_partition"):
         if hasattr(optimizer, name):
             partitions: list[Tensor] = getattr(optimizer, name)
@@ -38,7 +36,7 @@ def create_adam_state(optimizer: Any, fused: bool) -> None:
             "exp_avg": torch.zeros_like(partition),
             "exp_avg_sq": torch.zeros_like(partition),
         }
-    if hasattr(optimizer, "_lazy_init_hp_params_optimizer_state"):  # stages 1 and 2
+    if hasattr(optimizer, "_lazy_init_hp_params_optimizer_state"):  # ZeRO 1 and 2
         optimizer._lazy_init_hp_params_optimizer_state()
 
 
@@ -55,7 +53,7 @@ def set_step(optimizer: Any, step: float) -> None:
 
 
 def read(parameter: nn.Parameter, key: str) -> Tensor:
-    """One of STATE_KEYS of a parameter, whole, in fp32, on every rank of the group. Collective over it."""
+    """`param`, `exp_avg` or `exp_avg_sq` of a parameter, whole, in fp32, on every rank of the group. Collective over it."""
     from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
     if key == "param":
@@ -68,7 +66,7 @@ def write(parameter: nn.Parameter, key: str, value: Tensor) -> None:
     """Takes this rank's part of a whole tensor. With `param`, the weights that the model computes with take it too."""
     value = value.to(parameter.device, torch.float32)
     if hasattr(parameter, "ds_id"):
-        _write_stage_3(parameter, key, value)
+        _write_zero_3(parameter, key, value)
         return
     from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
 
@@ -79,7 +77,7 @@ def write(parameter: nn.Parameter, key: str, value: Tensor) -> None:
         safe_set_full_optimizer_state(parameter, value, key)
 
 
-def _write_stage_3(parameter: Any, key: str, value: Tensor) -> None:
+def _write_zero_3(parameter: Any, key: str, value: Tensor) -> None:
     from deepspeed.utils import safe_set_local_fp32_param, safe_set_local_optimizer_state
 
     size = parameter.ds_tensor.numel()

@@ -68,13 +68,13 @@ class PendingSave:
         self.path = step_directory(root, progress.step)
         self.started = time.perf_counter()
         self._root = root
-        self._device = engine.device
+        self._device, self._group = engine.device, engine.layout.world
         self._config, self._data = config, data
         self._partial = partial_directory(root, progress.step)
-        on_rank_zero(f"checkpoint {self.path} could not be written", lambda: make_partial(self._partial))
+        on_rank_zero(f"checkpoint {self.path} could not be written", lambda: make_partial(self._partial), self._group)
         state = engine.sharded_state_dict(is_loading=False)
         assert "rng_state" not in state
-        state["rng_state"] = rng_for_saving(engine.device)
+        state["rng_state"] = rng_for_saving(engine.device, self._group)
         # On CUDA the copy to host memory is one; what the engine has in host memory there, it made for this call.
         memory = HostMemory() if memory is None else memory
         memory.begin()
@@ -84,8 +84,9 @@ class PendingSave:
 
     def advance(self) -> tuple[bool, int, int]:
         """(all ranks have ended writing, bytes written by now, bytes in all), the same on every rank."""
-        done, written, total = sum_over_ranks([int(self._writer.done), self._writer.bytes_written, self._writer.bytes_total], self._device)
-        return done == dist.get_world_size(), written, total
+        own = [int(self._writer.done), self._writer.bytes_written, self._writer.bytes_total]
+        done, written, total = sum_over_ranks(own, self._device, self._group)
+        return done == self._group.size(), written, total
 
     def finish(self, keep: int) -> Path:
         """Publishes the checkpoint and removes all but the `keep` newest; waits for the writers if they have not ended.
@@ -93,10 +94,11 @@ class PendingSave:
         Raises `CheckpointError` on every rank when one of them could not write; checkpoints that were there before stay as they were.
         """
         own = self._writer.result()
-        shares: list[Written] = [own] * dist.get_world_size()
-        dist.gather_object(own, shares if dist.get_rank() == 0 else None, dst=0)
-        on_rank_zero(f"checkpoint {self.path} could not be written", lambda: self._publish(shares))
-        on_rank_zero(f"checkpoint {self.path} is saved, but `latest` or older ones could not be changed", lambda: self._tidy(keep))
+        shares: list[Written] = [own] * self._group.size()
+        dist.gather_object(own, shares if self._group.rank() == 0 else None, group_dst=0, group=self._group)
+        on_rank_zero(f"checkpoint {self.path} could not be written", lambda: self._publish(shares), self._group)
+        failure = f"checkpoint {self.path} is saved, but `latest` or older ones could not be changed"
+        on_rank_zero(failure, lambda: self._tidy(keep), self._group)
         return self.path
 
     def _tidy(self, keep: int) -> None:
@@ -131,7 +133,7 @@ class PendingSave:
             step=self.progress.step,
             tokens=self.progress.tokens,
             guards=self.progress.guards,
-            world_size=dist.get_world_size(),
+            world_size=self._group.size(),
             config=self._config,
             versions=versions(),
             files=files,

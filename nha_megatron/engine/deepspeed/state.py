@@ -1,11 +1,10 @@
 """Checkpoints of the DeepSpeed engine: the same tensors under the same names as the Megatron engine's.
 
-    <name>                          weights in the training precision
-    optimizer.state.param.<name>    fp32 weights
-    optimizer.state.exp_avg.<name>, optimizer.state.exp_avg_sq.<name>
+    <name>                       weights in the training precision
+    optimizer.state. ...         fp32 weights and Adam's moments (engine/optimizer_state.py)
 
-each a whole tensor in model space, cut only along the tensor-parallel dimension. So neither the ZeRO stage nor any size is in them: a run
-goes on at another stage, on another grid, or under the other engine, and exporters see one format.
+each a whole tensor in model space. So neither the ZeRO stage nor any size is in them: a run goes on at another ZeRO stage, on another grid,
+or under the other engine, and exporters see one format.
 
 Under ZeRO a tensor is spread over a data x context group. One rank of the group is its *owner*: it alone keeps the tensor that the others
 help to put together, in host memory, and writes it; on loading it alone reads it, and hands it to the others. So each rank holds its share
@@ -22,9 +21,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from nha_megatron.engine.deepspeed_partitions import STATE_KEYS, get_step, read, set_step, write
-
-ENGINE = "deepspeed"
+from nha_megatron.engine.deepspeed.partitions import get_step, read, set_step, write
+from nha_megatron.engine.optimizer_state import STATE_KEYS, steps_only, updates_done
 
 
 class ModelSpaceState:
@@ -32,7 +30,7 @@ class ModelSpaceState:
 
     Args:
         parameters: this rank's parameters under ZeRO, by name in the model.
-        twin: the same model on the meta device. Under stage 3 it alone knows shapes and how tensor parallelism cuts them.
+        twin: the same model on the meta device. Under ZeRO 3 it alone knows shapes and how tensor parallelism cuts them.
         optimizer: the optimizer of the DeepSpeed engine.
         group: the data x context group.
     """
@@ -76,8 +74,7 @@ class ModelSpaceState:
                     tensor.copy_(optimizer["param_state"][name][key])
                 dist.broadcast(tensor, dist.get_global_rank(self._group, self._owners[name]), group=self._group)
                 write(parameter, key, tensor)
-        (step,) = {float(group["step"]) for group in optimizer["optimizer"]["param_groups"]}
-        set_step(self._optimizer, step)
+        set_step(self._optimizer, updates_done(optimizer))
 
     def _owns(self, name: str) -> bool:
         return self._owners[name] == self._group.rank()
@@ -90,26 +87,10 @@ class ModelSpaceState:
             name: {key: _filled(templates[name], tensor, f"optimizer.state.{key}.") for key, tensor in whole.items()}
             for name, whole in tensors.items()
         }
-        groups = [{"step": get_step(self._optimizer)}]
-        return {"model0": model, "optimizer": {"engine": ENGINE, "optimizer": {"param_groups": groups}, "param_state": param_state}}
+        return {"model0": model, "optimizer": steps_only(get_step(self._optimizer), param_state, writer="deepspeed")}
 
     def _templates(self) -> dict[str, Any]:
         return self._twin.sharded_state_dict(metadata={"dp_cp_group": self._group})
-
-
-def as_megatron_state(loaded: dict[str, Any], own: dict[str, Any], sharding_type: str) -> dict[str, Any]:
-    """Optimizer state of a checkpoint, whichever engine wrote it, in the form that Megatron's distributed optimizer loads.
-
-    The DeepSpeed engine keeps of the parameter groups only how many updates they have seen; the rest follows from the configuration.
-
-    Args:
-        own: `state_dict()` of the optimizer that loads.
-    """
-    if loaded.get("engine") != ENGINE:
-        return loaded
-    (step,) = {group["step"] for group in loaded["optimizer"]["param_groups"]}
-    groups = [{**group, "step": step} for group in own["optimizer"]["param_groups"]]
-    return {"optimizer": {"param_groups": groups}, "param_state": loaded["param_state"], "param_state_sharding_type": sharding_type}
 
 
 def _filled(template: Any, tensor: Tensor, prefix: str = "") -> Any:

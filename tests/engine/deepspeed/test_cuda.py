@@ -12,9 +12,9 @@ import torch
 
 from tests.distributed import RankPool
 from tests.engine import programs
-from tests.engine.deepspeed_programs import optimizer_without_a_compiler, train, zero
+from tests.engine.deepspeed.programs import optimizer_without_a_compiler, train, zero
+from tests.engine.deepspeed.test_resharding import load_and_train, train_and_save
 from tests.engine.programs import tiny_config
-from tests.engine.test_deepspeed_resharding import load_and_train, train_and_save
 from tests.optional import needs_deepspeed
 
 pytestmark = [pytest.mark.gpu, needs_deepspeed]

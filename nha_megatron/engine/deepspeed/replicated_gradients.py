@@ -1,6 +1,6 @@
 """Gradients of parameters that all tensor ranks hold, for an engine that cuts gradients up as soon as they are made.
 
-Megatron's own engine does both when all gradients are there: it sums those of norms under sequence parallelism, and its norm counts
+The Megatron engine does both when all gradients are there: it sums those of norms under sequence parallelism, and its norm counts
 a replicated parameter once.
 """
 
@@ -12,15 +12,15 @@ from torch import Tensor, nn
 
 
 class ReplicatedGradients:
-    """Hooks on the replicated parameters of `model`; none with one tensor rank.
+    """Hooks on the replicated parameters of `model`; none with one tensor rank. `group`: the tensor ranks; `world`: all ranks.
 
     - Under sequence parallelism a norm sees other tokens on every tensor rank: its gradient becomes their sum, in fp32, in every backward.
     - One that is not finite on any rank is remembered: only the first tensor rank's copy is counted in a gradient norm, and a faulty
       device would otherwise update its copy with NaN, unseen.
     """
 
-    def __init__(self, model: nn.Module, group: dist.ProcessGroup, device: torch.device) -> None:
-        self._group = group
+    def __init__(self, model: nn.Module, group: dist.ProcessGroup, world: dist.ProcessGroup, device: torch.device) -> None:
+        self._group, self._world = group, world
         self._faulty = torch.zeros((), device=device)
         if group.size() == 1:
             return
@@ -34,7 +34,7 @@ class ReplicatedGradients:
         """Whether any rank has seen a gradient that is not finite since the last call. Collective over all ranks."""
         if self._group.size() == 1:
             return False
-        dist.all_reduce(self._faulty)
+        dist.all_reduce(self._faulty, group=self._world)
         faulty = self._faulty.item() > 0
         self._faulty.zero_()
         return faulty

@@ -12,29 +12,28 @@ import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
-from megatron.core.optimizer.optimizer_config import ParamKey, ParamPredicate
+from megatron.core.optimizer.optimizer_config import ParamKey
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.transformer.module import Float16Module
 from torch import Tensor, nn
 
-from nha_megatron.config import ConfigError
-from nha_megatron.engine.base import StepResult
-from nha_megatron.engine.checkpoint_remedies import (
+from nha_megatron.engine.base import Engine, StepResult
+from nha_megatron.engine.finite import finite_on_all_ranks
+from nha_megatron.engine.forward import forward_batch
+from nha_megatron.engine.layout import Layout
+from nha_megatron.engine.megatron.checkpoint_workarounds import (
     create_adam_state,
     distributed_optimizers,
     keep_bucket_padding,
     pass_step_on,
     separate_steps,
 )
-from nha_megatron.engine.deepspeed_state import as_megatron_state
-from nha_megatron.engine.finite import finite_on_all_ranks
-from nha_megatron.engine.forward import forward_batch
-from nha_megatron.engine.gradient_fusion import choose_gradient_fusion
-from nha_megatron.engine.layout import Layout
+from nha_megatron.engine.megatron.gradient_fusion import choose_gradient_fusion
+from nha_megatron.engine.optimizer_state import with_all_settings
 from nha_megatron.model.build import build_model
 from nha_megatron.model.initialize import initialize_weights
 from nha_megatron.model.loss import loss_report
-from nha_megatron.model.parameters import full_shape, global_parameters, shard_of
+from nha_megatron.model.parameters import global_parameters
 
 if TYPE_CHECKING:
     from nha_megatron.config import RunConfig
@@ -44,22 +43,20 @@ if TYPE_CHECKING:
 _CHECKPOINT_FORMAT = "fully_reshardable"
 
 
-class MegatronEngine:
-    """Trains one model over a `Layout`. See `nha_megatron.engine.base.Engine` for the methods.
+class MegatronEngine(Engine):
+    """Trains one model over a `Layout`.
 
     The optimizer is the distributed one in every layout, also where data and context parallelism are 1: one code path, and one
     checkpoint format for all of them.
     """
 
     def __init__(self, config: RunConfig, device: torch.device, layout: Layout) -> None:
-        self.config = config
-        self.device = device
-        self.layout = layout
+        super().__init__(config, device, layout)
         fuse_gradients, reason = choose_gradient_fusion(config.training, device)
-        self.choices = [f"gradient accumulation fusion: {'on' if fuse_gradients else 'off'}, {reason}"]
+        self.choices.append(f"gradient accumulation fusion: {'on' if fuse_gradients else 'off'}, {reason}")
         chunks = build_model(config, device, layout.groups, fuse_gradients=fuse_gradients)
         initialize_weights(chunks, config.model, config.training.seed, layout.tp_rank, layout.tp_size)
-        self.model_chunks: list[nn.Module] = self._wrap(chunks)
+        self.model_chunks = self._wrap(chunks)
         self.optimizer = self._make_optimizer()
         pass_step_on(self.optimizer)
         keep_bucket_padding(self.optimizer)
@@ -94,24 +91,17 @@ class MegatronEngine:
             params_dtype=dtype,
             use_distributed_optimizer=True,
         )
-        vectors = ParamPredicate(name="vectors", fn=lambda parameter: parameter.dim() == 1)  # norms and biases
-        no_decay = ParamKey(attr="no_weight_decay", predicate=vectors)
+        no_decay = ParamKey(attr="no_weight_decay")
         optimizer = get_megatron_optimizer(optimizer_config, self.model_chunks, config_overrides={no_decay: {"wd_mult": 0.0}})
         for group in optimizer.param_groups:
             group["weight_decay"] = settings.weight_decay * group["wd_mult"]
         return optimizer
 
-    def begin_stage(self, config: RunConfig) -> None:
-        """Sequence length and batch sizes are arguments of Megatron's schedules: nothing is built anew."""
-        self.config = config
-
     def train_step(self, batches: Sequence[Batch], lr: float, max_loss: float = math.inf) -> StepResult:
-        """One update over this rank's micro batches of a global batch; not applied when it is not finite, or the loss above `max_loss`."""
+        """See `Engine`."""
         loss_sum, tokens = self._accumulate_gradients(batches)
-        if tokens == 0:
-            raise ConfigError("the global batch has no token that counts: every label is masked. Check the data and its loss masks.")
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
+        self._require_counted(tokens)
+        self._set_learning_rate(lr)
         self.optimizer.prepare_grads()
         grad_norm = self._grad_norm()
         # Every term is the same number on every rank, so all ranks decide alike. The comparison is false for NaN.
@@ -130,13 +120,13 @@ class MegatronEngine:
         norm = float(self.optimizer.get_grad_norm())
         if self.layout.tp_size == 1:
             return norm
-        faulty = torch.zeros((), device=self.device)
-        for optimizer in distributed_optimizers(self.optimizer):
-            for parameter in optimizer.get_parameters():
-                if parameter.grad is not None and not getattr(parameter, "tensor_model_parallel", False):
-                    faulty += parameter.grad.isfinite().logical_not().any()
-        dist.all_reduce(faulty)
-        return norm if faulty.item() == 0 else math.nan
+        replicated = (
+            parameter.grad
+            for optimizer in distributed_optimizers(self.optimizer)
+            for parameter in optimizer.get_parameters()
+            if parameter.grad is not None and not getattr(parameter, "tensor_model_parallel", False)
+        )
+        return norm if finite_on_all_ranks(replicated, self.device, self.layout.world) else math.nan
 
     def _clip(self, grad_norm: float) -> None:
         if self.config.optimizer.clip_grad == 0:
@@ -161,7 +151,7 @@ class MegatronEngine:
         return self._run(batches, forward_only=True)
 
     def _run(self, batches: Sequence[Batch], forward_only: bool) -> tuple[float, int]:
-        # Every chunk of an interleaved stage reads the same micro batches, each through an iterator of its own.
+        # Every chunk of an interleaved pipeline stage reads the same micro batches, each through an iterator of its own.
         iterators = [iter(batches) for _ in self.model_chunks]
         reports = self._forward_backward(
             forward_step_func=self._forward_step,
@@ -172,7 +162,7 @@ class MegatronEngine:
             micro_batch_size=self.config.training.micro_batch_size,
             forward_only=forward_only,
         )
-        # Only the last stage has reports; zeros elsewhere make the sum over stages a broadcast.
+        # Only the last pipeline stage has reports; zeros elsewhere make the sum over pipeline stages a broadcast.
         total = torch.zeros(2, dtype=torch.float64, device=self.device)
         for report in reports:
             total += report
@@ -182,31 +172,23 @@ class MegatronEngine:
         return loss_sum, int(tokens)
 
     def _forward_step(self, iterator: Iterator[Batch], model: nn.Module) -> tuple[Tensor, Any]:
-        output, loss_mask = forward_batch(model, next(iterator), self.device)
+        output, loss_mask = forward_batch(model, next(iterator), self.layout)
         return output, partial(loss_report, loss_mask=loss_mask)
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """This rank's parameters under names that do not depend on the layout (layer numbers over the whole model)."""
+        """See `Engine`."""
         return global_parameters(self.model_chunks)
 
-    def finite_weights(self) -> bool:
-        """Whether every weight of every rank is finite: the same answer on all ranks."""
-        return finite_on_all_ranks((parameter for _, parameter in self.named_parameters()), self.device)
-
-    @torch.no_grad()
     def load_weights(self, weights: Mapping[str, Tensor]) -> None:
-        """Takes full tensors by layout-independent name. Raises ConfigError if a tensor is missing or has another shape."""
-        for name, parameter in self.named_parameters():
-            if name not in weights:
-                raise ConfigError(f"the weights to start from have no tensor {name!r}; they belong to another model shape")
-            shape = full_shape(parameter, self.layout.tp_size)
-            if tuple(weights[name].shape) != shape:
-                raise ConfigError(f"tensor {name!r} to start from is {tuple(weights[name].shape)}, the configuration makes it {shape}")
-            parameter.copy_(shard_of(weights[name], parameter, self.layout.tp_rank, self.layout.tp_size))
+        """See `Engine`."""
+        super().load_weights(weights)
         self.optimizer.reload_model_params()
 
+    def _take_weight(self, name: str, parameter: nn.Parameter, shard: Tensor) -> None:
+        parameter.copy_(shard)
+
     def sharded_state_dict(self, is_loading: bool) -> dict[str, Any]:
-        """`model0`, `model1`, ... (one per chunk) and `optimizer`, for `dist_checkpointing.save` or `load`."""
+        """See `Engine`."""
         create_adam_state(self.optimizer)
         metadata = {"distrib_optim_sharding_type": _CHECKPOINT_FORMAT, "dp_cp_group": self.layout.groups.dp_cp}
         state: dict[str, Any] = {
@@ -217,10 +199,10 @@ class MegatronEngine:
 
     @torch.no_grad()  # Megatron copies into views of leaf parameters
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continues from a loaded checkpoint, whatever layout and engine wrote it."""
+        """See `Engine`."""
         for i, chunk in enumerate(self.model_chunks):
             chunk.load_state_dict(state[f"model{i}"])
-        self.optimizer.load_state_dict(as_megatron_state(state["optimizer"], self.optimizer.state_dict(), _CHECKPOINT_FORMAT))
+        self.optimizer.load_state_dict(with_all_settings(state["optimizer"], self.optimizer.state_dict(), _CHECKPOINT_FORMAT))
         separate_steps(self.optimizer)
 
     def close(self) -> None:

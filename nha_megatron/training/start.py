@@ -1,0 +1,67 @@
+"""How a run begins: the engine is made, and continues from a checkpoint, or starts from given or fresh weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from nha_megatron.checkpoint import CheckpointError, Progress, find_newest, load_checkpoint, load_weights, resolve
+from nha_megatron.checkpoint.files import published_steps
+from nha_megatron.config import RunConfig
+from nha_megatron.engine.base import Engine
+from nha_megatron.engine.create import create_engine
+from nha_megatron.engine.layout import Layout
+from nha_megatron.estimate.counts import num_parameters
+from nha_megatron.training.context import Job
+
+
+def newest_checkpoint(config: RunConfig, layout: Layout, say: Callable[[str], None]) -> Path | None:
+    """The checkpoint to continue from. Raises `CheckpointError` when there are some and `checkpoint.resume` is false."""
+    root = config.checkpoint_directory
+    if config.checkpoint.resume:
+        return find_newest(root, say, layout.world)
+    if published_steps(root):
+        raise CheckpointError(
+            f"checkpoint.resume is false, but {root} already holds checkpoints, which a later resume would mix up with this run's. "
+            "Choose another logging.directory, delete them, or set checkpoint.resume=true"
+        )
+    return None
+
+
+def begin_phase(job: Job, built: RunConfig, layout: Layout, checkpoint: Path | None) -> tuple[Engine, Progress]:
+    """Builds the model as `built`, the configuration of the phase's first stage, and continues from `checkpoint` or starts anew."""
+    engine = create_engine(built, layout.device, layout)
+    job.say(f"{layout.describe()} on {layout.device.type}, {num_parameters(job.config.model):,} parameters")
+    for choice in engine.choices:
+        job.say(choice)
+    for label, (exchange, reason) in built.exchanges.items():
+        job.say(f"`{label}` layers over {layout.cp_size} context ranks: {exchange}, because {reason}")
+    return engine, start(job, engine, checkpoint)
+
+
+def start(job: Job, engine: Engine, checkpoint: Path | None) -> Progress:
+    """Where the run begins: the checkpoint, the weights of `model.init_from`, or fresh weights.
+
+    A checkpoint of a run on other data is refused unless `checkpoint.other_data` accepts it.
+    """
+    config = job.config
+    if checkpoint is not None:
+        expected = job.identity if config.checkpoint.other_data == "refuse" else None
+        progress = load_checkpoint(checkpoint, engine, config.model_dump(mode="json"), expected)
+        job.say(f"resumed from {checkpoint}: step {progress.step}, {progress.tokens:,} tokens")
+        return progress
+    if config.model.init_from is not None:
+        load_initial_weights(Path(config.model.init_from), config, engine)
+        job.say(f"weights taken from {config.model.init_from}")
+    return Progress()
+
+
+def load_initial_weights(path: Path, config: RunConfig, engine: Engine) -> None:
+    """Weights only, from a checkpoint of this project or from a directory that it exported to Hugging Face format."""
+    if (path / "config.json").is_file():
+        # Imported here: transformers takes seconds, and only this needs it.
+        from nha_megatron.hf.import_ import load_hf_weights
+
+        engine.load_weights(load_hf_weights(path, config.model))
+    else:
+        load_weights(resolve(path), engine)
