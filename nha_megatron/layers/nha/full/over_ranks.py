@@ -18,7 +18,6 @@ from torch import Tensor
 from nha_kernels import Memory, attention_statistics, clamp_log_gates, nha_attention
 from nha_kernels.conventions import EmptySlots, write_strength
 from nha_megatron.layers.boundaries import boundaries_on, documents_of_rows
-from nha_megatron.layers.nha.full.cost import Exchange
 
 from .cost import Exchange
 from .gather import gather_keys, return_outputs
