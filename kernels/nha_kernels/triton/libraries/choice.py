@@ -5,7 +5,7 @@
     flash-attn    the package flash-attn 2.x
     flash-attn-4  the package flash-attn-4, for compute capability 9.0 and newer
 
-The fastest that was measured on a device comes first (kernels/benchmarks/README.md); one that was not measured there comes after all that
+The fastest that was measured on a device comes first (architectures/, kernels/benchmarks/README.md); one that was not measured there comes after all that
 were. Where nothing was measured, the packages come before PyTorch's own kernel.
 """
 
@@ -24,17 +24,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-_Capability = tuple[int, int] | None
+from ..architectures import Capability, architecture_of, capability_of, checked_architecture
 
-# By compute capability: for full windows with one document in each row, and for everything else.
-_MEASURED: dict[_Capability, tuple[tuple[str, ...], tuple[str, ...]]] = {
-    (9, 0): (("flash-attn-4", "cudnn", "flash-attn", "torch-flash"), ("flash-attn-4", "flash-attn", "torch-flash"))
-}
-# Windows up to these are faster in the fused kernels than by the library (bench_wide.py).
-_PAYS_ABOVE = {"flash-attn-4": 512}
-_OTHERS_PAY_ABOVE = 1023
 _NEWEST_FIRST = ("flash-attn-4", "flash-attn", "torch-flash", "cudnn")
-_MODULES = {"cudnn": "cudnn", "torch-flash": "flash", "flash-attn": "flash_package", "flash-attn-4": "flash_cute"}
+_MODULES = {"cudnn": "cudnn", "torch-flash": "torch_flash", "flash-attn": "flash_attn_2", "flash-attn-4": "flash_attn_4"}
 _FLASH_ATTN_VERSIONS = ("2.7.0", "3.0.0")  # from, up to: the entry points of 2.6 and of 3 take other arguments
 _FLASH_ATTN_4_VERSIONS = ("4.0.0b36", "4.1.0")  # from the one that was checked on
 _CHECKED_HEAD_DIMS = (64, 96, 128)  # of both packages
@@ -50,7 +43,7 @@ class WindowCall(NamedTuple):
     num_tokens: int
     window: int | None
     one_document: bool  # neither documents nor a memory: every row of the batch is one document
-    capability: _Capability  # None: no CUDA device (the interpreter of triton)
+    capability: Capability | None  # None: no CUDA device (the interpreter of triton)
 
 
 class Choice(NamedTuple):
@@ -59,8 +52,7 @@ class Choice(NamedTuple):
 
 
 def window_call(q: Tensor, window: int | None, *, one_document: bool) -> WindowCall:
-    capability = torch.cuda.get_device_capability(q.device) if q.device.type == "cuda" else None
-    return WindowCall(q.dtype, q.shape[3], q.shape[1], window, one_document, capability)
+    return WindowCall(q.dtype, q.shape[3], q.shape[1], window, one_document, capability_of(q.device))
 
 
 @contextmanager
@@ -84,7 +76,7 @@ def choose_library(call: WindowCall) -> Choice:
         if reason is not None:
             raise ValueError(f"attention library {preferred!r} was asked for, but {reason}")
         return Choice(preferred, "asked for")
-    measured = _MEASURED.get(call.capability, ((), ()))[0 if call.window is None and call.one_document else 1]
+    measured = _measured(call)
     passed_over: list[str] = []
     for name in (*measured, *(name for name in _NEWEST_FIRST if name not in measured)):
         reason = _REFUSALS[name](call)
@@ -101,11 +93,20 @@ def library_pays(call: WindowCall) -> bool:
         return True
     if _preferred.get() is not None:
         return call.window > 0  # no library takes a window without tokens
-    return call.window > min(_PAYS_ABOVE.values()) and call.window > _PAYS_ABOVE.get(choose_library(call).name, _OTHERS_PAY_ABOVE)
+    pays_above = architecture_of(call.capability).LIBRARY_PAYS_ABOVE
+    return call.window > min(pays_above.values()) and call.window > pays_above[choose_library(call).name]
+
+
+def _measured(call: WindowCall) -> tuple[str, ...]:
+    architecture = checked_architecture(call.capability)
+    if architecture is None:
+        return ()
+    full = call.window is None and call.one_document
+    return architecture.FULL_WINDOW_LIBRARIES if full else architecture.OTHER_WINDOW_LIBRARIES
 
 
 def load_library(name: str) -> ModuleType:
-    """A module with `forward` and `backward` as flash.py has them."""
+    """A module with `forward` and `backward` as torch_flash.py has them."""
     return importlib.import_module(f".{_MODULES[name]}", __package__)
 
 

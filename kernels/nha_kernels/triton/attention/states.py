@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import LENGTHS, continues_state, exp, load_starts, split_tf32, write_strength
+from ..common import LENGTHS, continues_state, exp, load_starts, split_tf32, write_strength
 from .problem import Problem, Slab
 
 

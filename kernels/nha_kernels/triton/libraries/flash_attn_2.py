@@ -9,11 +9,11 @@ import torch
 from flash_attn import flash_attn_interface as interface
 from torch import Tensor
 
-from .flash import Bounds, WindowOutput, left_of
+from .adapter import Bounds, WindowOutput, left_of
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, bounds: Bounds | None, window: int | None, scale: float) -> WindowOutput:
-    """As flash.forward."""
+    """As torch_flash.forward."""
     common = {**_mask(window, scale), "return_softmax": False}
     if bounds is None:
         out, lse, *_ = interface._flash_attn_forward(q=q, k=k, v=v, **common)
@@ -33,7 +33,7 @@ def backward(
     window: int | None,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """As flash.backward."""
+    """As torch_flash.backward."""
     tensors = {"dout": d_out, "q": q, "k": k, "v": v, "out": result.out}
     gradients = {"dq": torch.empty_like(q), "dk": torch.empty_like(k), "dv": torch.empty_like(v)}
     common = {**_mask(window, scale), "deterministic": torch.are_deterministic_algorithms_enabled(), "rng_state": None}

@@ -1,17 +1,17 @@
 """cuDNN's causal attention through PyTorch, for `full` layers: on Hopper 1.7 times as fast as PyTorch's flash kernel.
 
-As with flash.py, its backward from the merged output and log-sum-exp gives the gradients of the attention's part of a softmax over more.
+As with torch_flash.py, its backward from the merged output and log-sum-exp gives the gradients of the attention's part of a softmax over more.
 It takes no window and, through PyTorch, no packed documents, and its backward is not deterministic.
 """
 
 import torch
 from torch import Tensor
 
-from .flash import Bounds, WindowOutput
+from .adapter import Bounds, WindowOutput
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, bounds: Bounds | None, window: int | None, scale: float) -> WindowOutput:
-    """As flash.forward, for one document in each row of the batch and a full window."""
+    """As torch_flash.forward, for one document in each row of the batch and a full window."""
     assert bounds is None and window is None
     heads_first = (x.transpose(1, 2) for x in (q, k, v))
     out, lse, _, _, _, _, seed, offset, _ = torch.ops.aten._scaled_dot_product_cudnn_attention(
@@ -31,7 +31,7 @@ def backward(
     window: int | None,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """As flash.backward. `result.more` is the random state of a dropout of 0."""
+    """As torch_flash.backward. `result.more` is the random state of a dropout of 0."""
     assert bounds is None and window is None
     heads_first = (x.transpose(1, 2) for x in (d_out, q, k, v, result.out))
     lse = result.lse.transpose(1, 2).contiguous()[..., None]

@@ -8,9 +8,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import LENGTHS, LOG2_E, load_starts, unrotate
+from ..common import LENGTHS, LOG2_E, load_starts, unrotate
 from .problem import Gradients, Problem
-from .tiles import (
+from ..tile_operations import (
     chunk_and_head,
     dot_halves,
     load_angles,
@@ -273,7 +273,7 @@ def backward_window(problem: Problem, lse: Tensor, d_out: Tensor, gradients: Gra
         p.scale,
         **constants,
         C=p.tiles.query_chunk,
-        BN=p.tiles.window,
+        BN=p.tiles.window_rows,
         num_warps=p.tiles.query_warps,
         num_stages=p.tiles.query_stages,
     )

@@ -17,10 +17,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import LENGTHS, write_strength
-from .device import on_device_of_first_argument
+from ..common import LENGTHS, write_strength
+from ..device import on_device_of_first_argument
+from ..dispatch import architecture_for
 
-_CHUNK = 32
 _MOST_SEGMENTS = 64
 _PROGRAMS = 1024  # enough to fill any chip of today several times
 _LEAST_CHUNKS = 4  # a power of two; shorter segments cost more in composing than they gain
@@ -201,6 +201,7 @@ class Launch(NamedTuple):
     segments: int
     slot_blocks: int
     columns: int
+    gate_stages: int
 
     @property
     def padded_segments(self) -> int:
@@ -209,21 +210,22 @@ class Launch(NamedTuple):
 
 def plan_launch(k: Tensor, v: Tensor, g: Tensor) -> Launch:
     (batch, num_tokens, heads, slots), dim = g.shape, k.shape[3] + v.shape[3]
-    slots_at_once, columns = _slots_at_once(k, v, slots), _columns(k, v)
-    slot_blocks = triton.cdiv(slots, slots_at_once)
-    chunks = triton.cdiv(num_tokens, _CHUNK)
-    segments = min(_MOST_SEGMENTS, max(1, _PROGRAMS // (batch * heads * slot_blocks * (dim // columns))))
+    tiles = architecture_for(k).summary_tiles(k, v, g)
+    slot_blocks = triton.cdiv(slots, tiles.slots)
+    chunks = triton.cdiv(num_tokens, tiles.chunk)
+    segments = min(_MOST_SEGMENTS, max(1, _PROGRAMS // (batch * heads * slot_blocks * (dim // tiles.columns))))
     short, long_chunks = 0, _LEAST_CHUNKS
     if chunks > segments * _LEAST_CHUNKS:
         short = segments // 4
         long_chunks = triton.cdiv(chunks - short * _LEAST_CHUNKS, segments - short)
     return Launch(
         sizes={"H": heads, "K": k.shape[3], "V": v.shape[3], "M": slots},
-        tiles={"C": _CHUNK, "BM": slots_at_once, "SHORT": _LEAST_CHUNKS},
+        tiles={"C": tiles.chunk, "BM": tiles.slots, "SHORT": _LEAST_CHUNKS},
         lengths=(num_tokens, chunks, short, long_chunks),
         segments=short + triton.cdiv(chunks - short * _LEAST_CHUNKS, long_chunks),
         slot_blocks=slot_blocks,
-        columns=columns,
+        columns=tiles.columns,
+        gate_stages=tiles.gate_stages,
     )
 
 
@@ -232,7 +234,7 @@ Kept = tuple[Tensor, ...]  # what the backward needs beside the inputs
 
 @on_device_of_first_argument
 def summarise_on_gpu(k: Tensor, v: Tensor, g: Tensor, out: Tensor) -> Kept:
-    """`summarise_slots` for what `refusal_of_summary` lets pass."""
+    """`summarise_slots` for what dispatch lets pass."""
     k, v, g = (packed(x) for x in (k, v, g))
     launch, rows, slots, dim = plan_launch(k, v, g), g.shape[0] * g.shape[2], g.shape[3], k.shape[3] + v.shape[3]
     lengths, tiles, padded = launch.lengths, launch.tiles, launch.padded_segments
@@ -268,17 +270,3 @@ def packed(x: Tensor) -> Tensor:
 def strides(*tensors: Tensor) -> tuple[int, ...]:
     """Of batch, token and head, for each tensor."""
     return tuple(stride for x in tensors for stride in x.stride()[:3])
-
-
-def _slots_at_once(k: Tensor, v: Tensor, slots: int) -> int:
-    most = 64 if k.dtype == torch.bfloat16 else 32
-    if k.dtype == torch.float32 and max(k.shape[3], v.shape[3]) > 128:
-        most = 16
-    return min(most, triton.next_power_of_2(slots))
-
-
-def _columns(k: Tensor, v: Tensor) -> int:
-    """32 keeps products in full precision off the Hopper instruction that cannot read them transposed."""
-    if k.dtype != torch.bfloat16:
-        return 32
-    return 128 if k.shape[3] % 128 == v.shape[3] % 128 == 0 else 64

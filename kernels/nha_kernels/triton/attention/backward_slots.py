@@ -15,7 +15,7 @@ def backward_slots(
     parts = slabs(problem, starts, problem.tiles.backward_slab)
     states = empty_states(problem, parts[0].chunks)
     gradients = empty_gradients(problem, lse, parts[0].chunks)
-    uses_log = d_final is not None or problem.empty_slots == "weight"
+    uses_log = d_final is not None or problem.options.empty_slots == "weight"
     d_slots = d_final
     for slab in reversed(parts):
         scan_slab(problem, starts, slab, states)

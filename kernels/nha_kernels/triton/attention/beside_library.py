@@ -8,27 +8,29 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from ...options import AttentionOptions
+from ..architectures.tiles import Tiles
+from ..libraries.adapter import Bounds, WindowOutput
+from ..libraries.choice import load_library
 from .backward_slots import backward_slots
-from .flash import Bounds, WindowOutput
 from .forward import forward
-from .libraries import load_library
 from .merge import merge_into
-from .problem import Problem, Tiles
+from .problem import Problem
 from .states import SegmentStarts, segment_starts
 
 
 @dataclass(frozen=True)
-class MergedOptions:
+class Plan:
+    """Who attends to the window of a call, and how the slots are read beside it."""
+
+    options: AttentionOptions
     held: int
-    window: int | None  # None: every earlier token
-    slots: int | None  # the window that the slots go by, None where they hold nothing and nothing is written
-    scale: float
-    empty_slots: str
-    attention_library: str
+    slot_window: int | None  # the window that the slots go by, None where they hold nothing and nothing is written
+    library: str
     tiles: Tiles | None  # None without slots
 
 
-class MergedAttention(torch.autograd.Function):
+class AttentionBesideLibrary(torch.autograd.Function):
     """Output [B, T, HQ, V] and, where slots are read, the slots after the last token [B, H, M, K+V+1].
 
     `bounds` is None where one document fills every row of the batch."""
@@ -45,24 +47,25 @@ class MergedAttention(torch.autograd.Function):
         initial: Tensor | None,
         start: Tensor | None,
         bounds: Bounds | None,
-        options: MergedOptions,
+        plan: Plan,
     ) -> tuple[Tensor, Tensor | None]:
         q, k, v, g, rotated_q, rotated_k = (x.contiguous() for x in (q, k, v, g, rotated_q, rotated_k))
-        out, lse, more = load_library(options.attention_library).forward(rotated_q, rotated_k, v, bounds, options.window, options.scale)
+        mask = (bounds, plan.options.window, plan.options.logit_scale(rotated_q.shape[-1]))
+        out, lse, more = load_library(plan.library).forward(rotated_q, rotated_k, v, *mask)
         starts, final = None, None
-        if options.slots is None:
-            if options.empty_slots == "attend":  # M empty slots, logits and values 0
+        if plan.slot_window is None:
+            if plan.options.empty_slots == "attend":  # M empty slots, logits and values 0
                 merge_into(out, lse, math.log(g.shape[3]))
             q, k = q.new_empty(0), k.new_empty(0)  # the backward reads the rotated ones only
         else:
-            problem = _problem(q, k, v, g, start, options)
+            problem = _problem(q, k, v, g, start, plan)
             starts = segment_starts(problem, None if initial is None else initial.contiguous())
             slot_out, slot_lse, final = forward(problem, starts)
             merge_into(out, lse, (slot_out, slot_lse))
         kept = (None, None) if starts is None else (starts.slots, starts.log_decay)
         edges = (None, None) if bounds is None else bounds
         ctx.save_for_backward(q, k, v, g, rotated_q, rotated_k, start, *edges, out, lse, *kept, *more)
-        ctx.options = options
+        ctx.plan = plan
         ctx.chunks_per_segment = 0 if starts is None else starts.chunks_per_segment
         ctx.has_initial = initial is not None
         ctx.set_materialize_grads(False)
@@ -73,15 +76,14 @@ class MergedAttention(torch.autograd.Function):
     def backward(ctx: Any, d_out: Tensor | None, d_final: Tensor | None) -> tuple[Tensor | None, ...]:
         q, k, v, g, rotated_q, rotated_k, start, queries, rows, out, lse, slots, log_decay, *more = ctx.saved_tensors
         bounds = None if queries is None else Bounds(queries, rows)
-        options: MergedOptions = ctx.options
+        plan: Plan = ctx.plan
         d_out = torch.zeros_like(out) if d_out is None else d_out.contiguous()
         result = WindowOutput(out, lse, tuple(more))
-        d_rotated = load_library(options.attention_library).backward(
-            d_out, rotated_q, rotated_k, v, result, bounds, options.window, options.scale
-        )
-        if options.slots is None:
+        mask = (bounds, plan.options.window, plan.options.logit_scale(rotated_q.shape[-1]))
+        d_rotated = load_library(plan.library).backward(d_out, rotated_q, rotated_k, v, result, *mask)
+        if plan.slot_window is None:
             return None, None, d_rotated[2], torch.zeros_like(g), d_rotated[0], d_rotated[1], None, None, None, None
-        p = _problem(q, k, v, g, start, options)
+        p = _problem(q, k, v, g, start, plan)
         starts = SegmentStarts(slots, log_decay, ctx.chunks_per_segment)
         gradients, d_initial = backward_slots(p, starts, out, lse, d_out, None if d_final is None else d_final.contiguous())
         d_initial = d_initial.view(p.batch, p.kv_heads, *d_initial.shape[1:]) if ctx.has_initial else None
@@ -89,8 +91,8 @@ class MergedAttention(torch.autograd.Function):
         return gradients.q, gradients.keys, dv, gradients.gates, d_rotated[0], d_rotated[1], d_initial, None, None, None
 
 
-def _problem(q: Tensor, k: Tensor, v: Tensor, g: Tensor, start: Tensor | None, options: MergedOptions) -> Problem:
-    assert options.slots is not None and options.tiles is not None
+def _problem(q: Tensor, k: Tensor, v: Tensor, g: Tensor, start: Tensor | None, plan: Plan) -> Problem:
+    assert plan.slot_window is not None and plan.tiles is not None
     return Problem(
         q,
         k,
@@ -99,11 +101,9 @@ def _problem(q: Tensor, k: Tensor, v: Tensor, g: Tensor, start: Tensor | None, o
         start,
         cos=None,
         sin=None,
-        held=options.held,
-        window=options.slots,
-        rotated_pairs=0,
-        scale=options.scale,
-        empty_slots=options.empty_slots,
+        options=plan.options,
+        held=plan.held,
+        window=plan.slot_window,
         attend_window=False,
-        tiles=options.tiles,
+        tiles=plan.tiles,
     )

@@ -14,10 +14,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import LENGTHS, LOG2_E, continues_state, exp, load_gates, load_starts, rounded_sums, signed_sums, write_strength
+from ..common import LENGTHS, LOG2_E, continues_state, exp, load_gates, load_starts, rounded_sums, signed_sums, write_strength
 from .problem import Gradients, Problem, Slab
 from .states import ChunkStates
-from .tiles import (
+from ..tile_operations import (
     SMALLEST_NORMAL,
     biased_logits,
     chunk_and_head,

@@ -6,35 +6,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-
-@dataclass(frozen=True)
-class Tiles:
-    """Static choice for a shape. `chunk` tokens of a KV head are a program; `block` of them share a reference token for decays."""
-
-    chunk: int
-    block: int
-    forward_slab: int  # chunks whose slots are in device memory at the same time, about
-    backward_slab: int
-    slots: int  # slots taken at a time
-    window: int  # window rows that a program of queries takes at a time
-    key_rows: int  # rows of a program of the window's keys
-    query_chunk: int  # tokens of a program of the window's gradient of the queries
-    key_chunk: int  # tokens of queries that a program of the window's keys takes at a time
-    scan_slots: int = 16  # the scan is elementwise in the state: small pieces that one warp holds need no barrier
-    scan_columns: int = 128
-    scan_warps: int = 1
-    forward_warps: int = 4
-    read_warps: int = 4
-    query_warps: int = 4
-    key_warps: int = 4
-    scan_stages: int = 2
-    forward_stages: int = 1
-    read_stages: int = 1
-    query_stages: int = 1
-    key_stages: int = 2
-    # Most registers of a thread, None for what the compiler takes: 168 leave room for three programs of four warps on a multiprocessor.
-    forward_registers: int | None = None
-    write_registers: int | None = None
+from ...conventions import EMPTY_SLOTS
+from ...options import AttentionOptions
+from ..architectures.tiles import Tiles
 
 
 class Slab(NamedTuple):
@@ -50,6 +24,7 @@ class Problem:
 
     `start` is the extended row at which a query's document begins: None (row 0), [B], or [B, T] (`docs` 0, 1, 2).
     `attend_window` is False where another kernel attends to the window: then only the slots are read here.
+    `window` is a number, and no larger than it needs to be; `options.window` is what was asked for.
     """
 
     q: Tensor
@@ -59,11 +34,9 @@ class Problem:
     start_or_none: Tensor | None
     cos: Tensor | None  # [offsets, K / 2], by distance from the first row of a tile
     sin: Tensor | None
+    options: AttentionOptions
     held: int
     window: int
-    rotated_pairs: int
-    scale: float
-    empty_slots: str
     attend_window: bool
     tiles: Tiles
 
@@ -100,6 +73,14 @@ class Problem:
         return self.g.shape[3]
 
     @property
+    def scale(self) -> float:
+        return self.options.logit_scale(self.key_dim)
+
+    @property
+    def rotated_pairs(self) -> int:
+        return 0 if self.options.rope is None or not self.attend_window else self.options.rope.shape[0]
+
+    @property
     def C(self) -> int:
         return self.tiles.chunk
 
@@ -127,7 +108,7 @@ class Problem:
 
     @property
     def EMPTY(self) -> int:
-        return {"attend": 0, "mask": 1, "weight": 2}[self.empty_slots]
+        return EMPTY_SLOTS.index(self.options.empty_slots)
 
     @property
     def GATE_FLOOR(self) -> float:
@@ -151,7 +132,7 @@ class Problem:
             "C": self.C,
             "BLOCK": self.tiles.block,
             "BM": self.BM,
-            "BN": self.tiles.window,
+            "BN": self.tiles.window_rows,
             "HALF": self.rotated_pairs or self.key_dim // 2,
             "GATE_FLOOR": self.GATE_FLOOR,
             "EMPTY": self.EMPTY,

@@ -9,10 +9,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import LENGTHS, LN_2, LOG2_E, continues_state, load_gates, load_starts, write_strength
+from ..common import LENGTHS, LN_2, LOG2_E, continues_state, load_gates, load_starts, write_strength
 from .problem import Problem, Slab
 from .states import ChunkStates, SegmentStarts, empty_states, scan_slab, slabs
-from .tiles import (
+from ..tile_operations import (
     biased_logits,
     chunk_and_head,
     decayed,

@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import LENGTHS
+from ..common import LENGTHS
 
 
 @triton.jit(do_not_specialize=LENGTHS)

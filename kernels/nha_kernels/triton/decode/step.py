@@ -16,13 +16,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .decode_pieces import attend_pieces
-from .device import on_device_of_first_argument
+from ...conventions import EMPTY_SLOTS
+from ...decode import DecodeMemory
+from ...options import AttentionOptions
+from ..device import on_device_of_first_argument
+from ..dispatch import architecture_for
+from .pieces import attend_pieces
 
-_SLOTS = 16  # of a piece: M is a multiple of it
 _LEAST_WINDOW_ROWS = 64  # of a piece, and a multiple of it
 _MOST_WINDOW_PIECES = 32
-_REGISTERS = 168  # of a thread, for tiles that fit: three programs share a multiprocessor instead of two
 
 
 @triton.jit
@@ -82,77 +84,62 @@ def merge_pieces(
 
 
 @on_device_of_first_argument
-def decode_step(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    g: Tensor,
-    slots: tuple[Tensor, Tensor, Tensor],
-    ring: tuple[Tensor, Tensor, Tensor],
-    length: Tensor,
-    window_start: Tensor,
-    *,
-    rope: Tensor | None,
-    rope_attention_factor: float,
-    scale: float,
-    empty_slots: str,
-) -> Tensor:
-    """Output [B, T, HQ, V]; `slots` (keys, values, log-decay), `ring` (keys, values, log-gates), `length` and `window_start` are updated.
-
-    `nha_decode_step` says what they hold, and has checked that these kernels serve the call.
-    """
+def decode_step(q: Tensor, k: Tensor, v: Tensor, g: Tensor, memory: DecodeMemory, options: AttentionOptions) -> Tensor:
+    """Output [B, T, HQ, V]; `memory` is updated. `nha_decode_step` has checked that these kernels serve the call."""
     q, k, v, g = (x.contiguous() for x in (q, k, v, g))
     batch, num_tokens, query_heads, key_dim = q.shape
-    kv_heads, value_dim, num_slots, window = k.shape[2], v.shape[3], g.shape[3], ring[0].shape[1]
+    kv_heads, value_dim, num_slots, window = k.shape[2], v.shape[3], g.shape[3], memory.window_keys.shape[1]
     group = query_heads // kv_heads
-    exact, wide = q.dtype == torch.float32, max(key_dim, value_dim) > 128
-    rows = 16 if exact or wide else max(16, triton.next_power_of_2(num_tokens * group))
+    tiles = architecture_for(q).decode_tiles(q, k, v)
     window_rows = _LEAST_WINDOW_ROWS * max(1, triton.cdiv(window, _LEAST_WINDOW_ROWS * _MOST_WINDOW_PIECES))
-    pieces = num_slots // _SLOTS + max(1, triton.cdiv(window, window_rows))
+    pieces = num_slots // tiles.slots + max(1, triton.cdiv(window, window_rows))
     part_max = torch.empty(batch * kv_heads, pieces, num_tokens * group, dtype=torch.float32, device=q.device)
     part_sum = torch.empty_like(part_max)
     part_out = torch.empty(*part_max.shape, value_dim, dtype=torch.float32, device=q.device)
-    old_start = torch.empty_like(window_start)
+    old_start = torch.empty_like(memory.window_start)
     out = torch.empty(*q.shape[:3], value_dim, dtype=q.dtype, device=q.device)
-    pairs = 0 if rope is None else rope.shape[0]
+    pairs = 0 if options.rope is None else options.rope.shape[0]
     sizes = {"H": kv_heads, "R": group, "K": key_dim, "V": value_dim, "M": num_slots}
+    ring = (memory.window_keys, memory.window_values, memory.window_log_gates)
     parts = (part_out, part_max, part_sum, old_start)
     attend_pieces[(batch * kv_heads, pieces)](
         q,
         k,
         v,
         g,
-        *slots,
+        memory.slot_keys,
+        memory.slot_values,
+        memory.slot_log_decay,
         *ring,
-        length,
-        window_start,
-        q if rope is None else rope.contiguous(),  # never read without rotation
+        memory.length,
+        memory.window_start,
+        q if options.rope is None else options.rope.contiguous(),  # never read without rotation
         *parts,
         num_tokens,
         window,
         window_rows,
-        scale,
-        rope_attention_factor,
+        options.logit_scale(key_dim),
+        options.rope_attention_factor,
         **sizes,
-        BM=_SLOTS,
-        ROWS=rows,
-        ROW_BLOCKS=triton.cdiv(num_tokens * group, rows),
-        BN=16 if exact and wide else 32,
+        BM=tiles.slots,
+        ROWS=tiles.query_rows,
+        ROW_BLOCKS=triton.cdiv(num_tokens * group, tiles.query_rows),
+        BN=tiles.window_rows,
         HALF=pairs or key_dim // 2,
         PAIRS=pairs,
-        EMPTY={"attend": 0, "mask": 1, "weight": 2}[empty_slots],
-        ROPE=rope is not None and window > 0,
+        EMPTY=EMPTY_SLOTS.index(options.empty_slots),
+        ROPE=options.rope is not None and window > 0,
         num_warps=4,
-        num_stages=1 if exact or wide else 2,
-        maxnreg=None if exact or wide or num_tokens * group > 16 else _REGISTERS,
+        num_stages=tiles.stages,
+        maxnreg=tiles.registers,
     )
     merge_pieces[(batch * kv_heads, num_tokens * group)](
         k,
         v,
         g,
         *ring,
-        length,
-        window_start,
+        memory.length,
+        memory.window_start,
         *parts,
         out,
         num_tokens,

@@ -1,10 +1,10 @@
-"""The window's pieces of a decode step (decode_pieces.py says what `index` counts)."""
+"""The window's pieces of a decode step (pieces.py says what `index` counts)."""
 
 import triton
 import triton.language as tl
 
-from .common import rotate
-from .tiles import dot_halves, fold, load_halves, load_rows
+from ..common import rotate
+from ..tile_operations import dot_halves, fold, load_halves, load_rows
 
 
 @triton.jit

@@ -5,10 +5,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import LENGTHS, continues_state, exp, load_gates, load_starts, signed_sums, write_strength
+from ..common import LENGTHS, continues_state, exp, load_gates, load_starts, signed_sums, write_strength
 from .problem import Gradients, Problem, Slab
 from .states import ChunkStates
-from .tiles import chunk_and_head, dot_halves, load_halves, load_rows, load_state_halves, store_halves, to_decay_dtype
+from ..tile_operations import chunk_and_head, dot_halves, load_halves, load_rows, load_state_halves, store_halves, to_decay_dtype
 
 
 @triton.jit

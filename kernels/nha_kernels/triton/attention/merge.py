@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import LENGTHS
+from ..common import LENGTHS
 
 _ROWS = 16  # of a program
 

@@ -1,4 +1,4 @@
-"""The first launch of a decode step (decode_step.py): every program attends to one piece of the memory, and writes to it if it is slots.
+"""The first launch of a decode step (step.py): every program attends to one piece of the memory, and writes to it if it is slots.
 
 `index` counts the tokens of the window by age: 0 the oldest place of the ring, W the first new token. A query at token t of the step stands
 at W + t, sees indices above t, and the token at index t leaves when it comes.
@@ -7,9 +7,9 @@ at W + t, sees indices above t, and the token at index t leaves when it comes.
 import triton
 import triton.language as tl
 
-from .common import LOG2_E, write_strength
-from .decode_window import attend_window
-from .tiles import biased_logits
+from ..common import LOG2_E, write_strength
+from .window import attend_window
+from ..tile_operations import biased_logits
 
 
 @triton.jit

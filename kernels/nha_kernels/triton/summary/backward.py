@@ -1,4 +1,4 @@
-"""Backward of summary.py. Gradients are added to what the tensors hold, so those that are zero are not written.
+"""Backward of forward.py. Gradients are added to what the tensors hold, so those that are zero are not written.
 
 dx_t = sum over slots of w_t d_update
 dg_t = -exp(g_t + A_t) c_t + sum over u < t of w_u c_u + d_log_decay        c_t = <d_update, x_t>
@@ -9,9 +9,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import LENGTHS, write_strength
-from .device import on_device_of_first_argument
-from .summary import (
+from ..common import LENGTHS, write_strength
+from ..device import on_device_of_first_argument
+from .forward import (
     GONE,
     Kept,
     load_gates,
@@ -239,7 +239,7 @@ def add_summary_gradients_on_gpu(
         *launch.lengths,
         **launch.sizes,
         **launch.tiles,
-        num_stages=1 if exact else 3,
+        num_stages=launch.gate_stages,
     )
     summary_backward_tokens[(min(chunks, _CHUNKS_AT_ONCE), dim // launch.columns, rows)](
         g,

@@ -10,7 +10,7 @@ import torch
 from flash_attn.cute import interface
 from torch import Tensor
 
-from .flash import Bounds, WindowOutput, left_of
+from .adapter import Bounds, WindowOutput, left_of
 
 _COMMON = {"q", "k", "v", "softmax_scale", "causal", "window_size_left", "window_size_right"}
 _COMMON |= {"cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k"}
@@ -19,7 +19,7 @@ BACKWARD_ARGUMENTS = frozenset(_COMMON | {"out", "dout", "lse", "deterministic",
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, bounds: Bounds | None, window: int | None, scale: float) -> WindowOutput:
-    """As flash.forward."""
+    """As torch_flash.forward."""
     if bounds is None:
         out, lse, *_ = interface._flash_attn_fwd(q=q, k=k, v=v, return_lse=True, **_mask(window, scale))
         return WindowOutput(out, lse.transpose(1, 2).contiguous())
@@ -38,7 +38,7 @@ def backward(
     window: int | None,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """As flash.backward."""
+    """As torch_flash.backward."""
     tensors = {"q": q, "k": k, "v": v, "out": result.out, "dout": d_out}
     common = {**_mask(window, scale), "deterministic": torch.are_deterministic_algorithms_enabled()}
     if bounds is None:
