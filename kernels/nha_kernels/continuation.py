@@ -69,7 +69,9 @@ def continue_attention(
     this function alone may write to their gradients.
     """
     if options.window != tokens.window:
-        raise ValueError(f"the tokens continue a memory with window={tokens.window}, the options have window={options.window}: use one window")
+        raise ValueError(
+            f"the tokens continue a memory with window={tokens.window}, the options have window={options.window}: use one window"
+        )
     k, v, g = (x[:, tokens.held :] for x in (tokens.keys, tokens.values, tokens.log_gates))
     chosen = choose_backend("continuation", backend, q, k, v, g, options.window)
     if chosen is None:
@@ -78,9 +80,7 @@ def continue_attention(
     return chosen.load()(q, tokens, options, cu_seqlens)
 
 
-def continue_apart(
-    q: Tensor, tokens: ContinuedTokens, options: AttentionOptions, cu_seqlens: Tensor | None, backend: str
-) -> Tensor:
+def continue_apart(q: Tensor, tokens: ContinuedTokens, options: AttentionOptions, cu_seqlens: Tensor | None, backend: str) -> Tensor:
     """`continue_attention` through attention, which copies memory and tokens behind one another."""
     k, v, g, memory = tokens.apart()
     return hybrid_attention(q, k, v, g, options, cu_seqlens=cu_seqlens, memory=memory, backend=backend)

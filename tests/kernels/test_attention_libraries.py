@@ -7,8 +7,8 @@ from types import ModuleType
 import pytest
 import torch
 
-from nha_kernels.triton import libraries
-from nha_kernels.triton.libraries import WindowCall, choose_library, library_pays, prefer_library
+from nha_kernels.triton.libraries import choice as libraries
+from nha_kernels.triton.libraries.choice import WindowCall, choose_library, library_pays, prefer_library
 from tests.kernels.flash_stand_ins import cute_interface, flash_attn_interface
 
 FULL = WindowCall(torch.bfloat16, 128, 8192, None, one_document=True, capability=(9, 0))
@@ -31,8 +31,8 @@ def installed(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
     modules |= {"flash_attn.cute": package.cute, "flash_attn.cute.interface": package.cute.interface}
     for path, module in modules.items():
         monkeypatch.setitem(sys.modules, path, module)
-    for adapter in ("flash_package", "flash_cute"):
-        monkeypatch.delitem(sys.modules, f"nha_kernels.triton.{adapter}", raising=False)
+    for adapter in ("flash_attn_2", "flash_attn_4"):
+        monkeypatch.delitem(sys.modules, f"nha_kernels.triton.libraries.{adapter}", raising=False)
     monkeypatch.setattr(libraries.importlib.metadata, "version", version)
     monkeypatch.setattr(torch.backends.cudnn, "is_available", lambda: True)
     monkeypatch.setattr(torch.backends.cuda, "cudnn_sdp_enabled", lambda: True)

@@ -5,6 +5,7 @@ import torch
 
 pytest.importorskip("triton", reason="triton is not installed: the kernels are not compiled here")
 
+from nha_kernels import AttentionOptions, Memory, decode_memory
 from tests.kernels.triton_launches import Launch, recorded, stack_bytes
 
 SHARED_BYTES = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # what one program may take
@@ -17,25 +18,14 @@ SMALL, USUAL = (64, 32, 32), (128, 64, 64)  # head size, slots, window; the usua
 def launches_of(
     dim: int, slots: int, window: int, *, tokens: int = 160, batch: int = 1, group: int = 4, dtype: torch.dtype = torch.bfloat16
 ) -> list[Launch]:
-    from nha_kernels.triton.attention import triton_attention
+    from nha_kernels.triton.attention.backend import triton_attention
 
     heads = 2
     q, k, v = (torch.zeros(batch, tokens, count, dim, dtype=dtype, requires_grad=True) for count in (group * heads, heads, heads))
     g = torch.zeros(batch, tokens, heads, slots, requires_grad=True)
     with recorded() as launches:
-        out, _ = triton_attention(
-            q,
-            k,
-            v,
-            g,
-            window=window,
-            rope=torch.ones(dim // 2, dtype=torch.float64),
-            rope_attention_factor=1.0,
-            scale=dim**-0.5,
-            empty_slots="attend",
-            cu_seqlens=None,
-            memory=None,
-        )
+        options = AttentionOptions(window, torch.ones(dim // 2, dtype=torch.float64))
+        out, _ = triton_attention(q, k, v, g, options, cu_seqlens=None, memory=None)
         out.sum().backward()
     return launches
 
@@ -82,7 +72,7 @@ def test_kernels_are_compiled_once_for_multiples_of_16_and_once_for_all_other_le
 
 @pytest.mark.parametrize("capability", SHARED_BYTES)
 def test_decode_kernels_compile(capability: int) -> None:
-    from nha_kernels.triton.decode_step import decode_step
+    from nha_kernels.triton.decode.step import decode_step
 
     def zeros(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         return torch.zeros(2, *shape, dtype=dtype)
@@ -92,14 +82,8 @@ def test_decode_kernels_compile(capability: int) -> None:
         decode_step(
             *(zeros(1, count, dim, dtype=bf16) for count in (4 * heads, heads, heads)),
             zeros(1, heads, slots),
-            (zeros(heads, slots, dim), zeros(heads, slots, dim), zeros(heads, slots)),
-            (zeros(window, heads, dim, dtype=bf16), zeros(window, heads, dim, dtype=bf16), zeros(window, heads, slots)),
-            zeros(dtype=torch.int64),
-            zeros(dtype=torch.int64),
-            rope=torch.ones(dim // 2, dtype=torch.float64),
-            rope_attention_factor=1.0,
-            scale=dim**-0.5,
-            empty_slots="weight",
+            decode_memory(Memory.empty(2, heads, slots, dim, dim, window, dtype=bf16)),
+            AttentionOptions(window, torch.ones(dim // 2, dtype=torch.float64), empty_slots="weight"),
         )
     assert [launch.kernel.__name__ for launch in launches] == ["attend_pieces", "merge_pieces"]
     assert_compile(launches, capability)
@@ -107,8 +91,8 @@ def test_decode_kernels_compile(capability: int) -> None:
 
 @pytest.mark.parametrize("capability", SHARED_BYTES)
 def test_kernels_beside_a_library_compile(capability: int) -> None:
-    from nha_kernels.triton.merge import merge_into
-    from nha_kernels.triton.rotary import rotated_heads
+    from nha_kernels.triton.attention.merge import merge_into
+    from nha_kernels.triton.attention.rotary import rotated_heads
 
     heads = torch.zeros(2, 48, 8, 128, dtype=torch.bfloat16)
     with recorded() as launches:
@@ -120,8 +104,8 @@ def test_kernels_beside_a_library_compile(capability: int) -> None:
 
 @pytest.mark.parametrize("capability", SHARED_BYTES)
 def test_summary_kernels_compile(capability: int) -> None:
-    from nha_kernels.triton.summary import summarise_on_gpu
-    from nha_kernels.triton.summary_backward import add_summary_gradients_on_gpu
+    from nha_kernels.triton.summary.backward import add_summary_gradients_on_gpu
+    from nha_kernels.triton.summary.forward import summarise_on_gpu
 
     k, v = (torch.zeros(1, 600, 2, 128, dtype=torch.bfloat16) for _ in range(2))
     g, summary = torch.zeros(1, 600, 2, 64), torch.zeros(1, 2, 64, 257)

@@ -3,12 +3,12 @@
 import pytest
 import torch
 
-from nha_kernels import Memory, explain_dispatch, nha_attention
+from nha_kernels import AttentionOptions, Memory, explain_dispatch, nha_attention
 from nha_kernels.triton.dispatch import choose_tiles
 
 pytest.importorskip("triton", reason="triton is not installed: nothing is dispatched to it")
 
-from nha_kernels.triton import attention
+from nha_kernels.triton.attention import fused
 
 
 def call(
@@ -93,9 +93,8 @@ def test_a_part_of_a_group_has_the_tiles_of_its_own_size(monkeypatch: pytest.Mon
         taken.append((part.shape[2] // k.shape[2], more[-1]))
         return part, part
 
-    monkeypatch.setattr(attention._FusedAttention, "apply", apply)
-    options = attention._Options(held=0, window=64, scale=1.0, empty_slots="attend", rope_attention_factor=1.0)
-    out, _ = attention.fused_attention(q, k, v, g, None, None, None, options)
+    monkeypatch.setattr(fused._FusedAttention, "apply", apply)
+    out, _ = fused.fused_attention(q, k, v, g, None, None, 0, AttentionOptions(window=64))
     assert out.shape == q.shape
     assert taken == [(heads, choose_tiles(*call(group=heads), 64)) for heads in (5, 4)]
     assert [tiles.forward_warps for _, tiles in taken] == [8, 4]

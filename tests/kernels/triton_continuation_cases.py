@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from nha_kernels import ContinuedTokens, continue_attention
+from nha_kernels import AttentionOptions, ContinuedTokens, continue_attention
 
 
 @dataclass(frozen=True)
@@ -52,8 +52,7 @@ def run(case: Case, backend: str) -> dict[str, Tensor]:
     out = continue_attention(
         leaves["q"],
         tokens,
-        rope=torch.rand(32, generator=generator),
-        empty_slots=case.empty_slots,
+        AttentionOptions(case.window, torch.rand(32, generator=generator), empty_slots=case.empty_slots),
         cu_seqlens=torch.tensor(case.documents, dtype=torch.int32) if case.documents else None,
         backend=backend,
     )

@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from nha_kernels import Memory, nha_attention
+from nha_kernels.triton.architectures.tiles import Tiles
 from nha_kernels.triton.dispatch import choose_tiles
-from nha_kernels.triton.problem import Tiles
 
 
 @dataclass(frozen=True)
@@ -94,37 +94,37 @@ def compare(case: Case) -> None:
 
 def test_slabs_of_the_sequence_equal_one(monkeypatch: pytest.MonkeyPatch) -> None:
     """Slots of one chunk at a time in memory; elsewhere these sequences are a single slab."""
-    from nha_kernels.triton import attention, states
+    from nha_kernels.triton.attention import fused, states
 
     def narrow(*call: Tensor | int) -> Tiles:
         return replace(choose_tiles(*call), forward_slab=1, backward_slab=1)
 
     monkeypatch.setattr(states, "_LEAST_CHUNKS", 1)
-    monkeypatch.setattr(attention, "choose_tiles", narrow)
+    monkeypatch.setattr(fused, "choose_tiles", narrow)
     compare(Case(window=3, tokens=34, empty_slots="weight", seen=(5, 9)))
 
 
 def test_slots_alone_sum_delta_themselves(monkeypatch: pytest.MonkeyPatch) -> None:
     """As 16-bit inputs do: here the inputs are float32, which take it from the output."""
-    from nha_kernels.triton.problem import Problem
+    from nha_kernels.triton.attention.problem import Problem
 
     monkeypatch.setattr(Problem, "sums_delta_over_slots", True)
     compare(Case(window=0, slots=32, documents=(0, 7, 20), seen=(5,), gate_scale=60.0))
 
 
 def test_a_window_wider_than_the_sequence_costs_no_more_than_the_sequence(monkeypatch: pytest.MonkeyPatch) -> None:
-    from nha_kernels.triton import attention
+    from nha_kernels.triton.attention import fused
 
     lengths = []
-    table = attention.rope_table
-    monkeypatch.setattr(attention, "rope_table", lambda *call: lengths.append(call[2]) or table(*call))
+    table = fused.rope_table
+    monkeypatch.setattr(fused, "rope_table", lambda *call: lengths.append(call[2]) or table(*call))
     compare(Case(window=10**9, empty_slots="weight", seen=(15,)))
     assert lengths and max(lengths) < 20 + 15 + 200
 
 
 def test_the_windows_gradients_take_other_numbers_of_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
     """More tokens a program of queries, fewer beside a block of keys, than a chunk holds."""
-    from nha_kernels.triton import attention
+    from nha_kernels.triton.attention import fused
 
-    monkeypatch.setattr(attention, "choose_tiles", lambda *call: replace(choose_tiles(*call), query_chunk=32, key_chunk=8))
+    monkeypatch.setattr(fused, "choose_tiles", lambda *call: replace(choose_tiles(*call), query_chunk=32, key_chunk=8))
     compare(Case(window=18, tokens=37, group=1, documents=(0, 7, 37), seen=(5,)))

@@ -11,7 +11,7 @@ from torch.nn.functional import logsigmoid
 
 from nha_kernels import slot_summary
 from nha_kernels.slot_summary import add_summary_gradients, summarise_slots, summary_in_pytorch
-from nha_kernels.triton.summary_dispatch import refusal_of_summary
+from nha_kernels.triton.dispatch import refusal_of_summary
 
 
 @dataclass(frozen=True)
@@ -38,12 +38,12 @@ TOLERANCE = 1e-6  # float32 sums of at most 165 terms of one size against float6
 
 @pytest.mark.parametrize("name", CASES)
 def test_kernels_equal_pytorch(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    from nha_kernels.triton import summary, summary_backward
+    from nha_kernels.triton.summary import backward, forward
 
     case = CASES[name]
-    monkeypatch.setattr(summary, "_LEAST_CHUNKS", case.least_chunks)
-    monkeypatch.setattr(summary, "_MOST_SEGMENTS", case.most_segments)
-    monkeypatch.setattr(summary_backward, "_CHUNKS_AT_ONCE", 4)
+    monkeypatch.setattr(forward, "_LEAST_CHUNKS", case.least_chunks)
+    monkeypatch.setattr(forward, "_MOST_SEGMENTS", case.most_segments)
+    monkeypatch.setattr(backward, "_CHUNKS_AT_ONCE", 4)
     generator = torch.Generator().manual_seed(2)
 
     def normal(*shape: int) -> Tensor:
@@ -68,10 +68,10 @@ def test_kernels_equal_pytorch(name: str, monkeypatch: pytest.MonkeyPatch) -> No
 @pytest.mark.parametrize("d_log_decay", [0.0, 0.5])
 def test_what_has_decayed_to_nothing_is_not_read_and_has_no_gradient(d_log_decay: float, monkeypatch: pytest.MonkeyPatch) -> None:
     """A long past before 32 tokens with log-gates of -4, behind which float32 weights are zero. The log-decay counts all tokens."""
-    from nha_kernels.triton import summary
+    from nha_kernels.triton.summary import forward
 
-    monkeypatch.setattr(summary, "_LEAST_CHUNKS", 1)
-    monkeypatch.setattr(summary, "_MOST_SEGMENTS", 4)
+    monkeypatch.setattr(forward, "_LEAST_CHUNKS", 1)
+    monkeypatch.setattr(forward, "_MOST_SEGMENTS", 4)
     generator = torch.Generator().manual_seed(4)
     k, v = (torch.randn(1, 320, 2, 64, generator=generator) for _ in range(2))
     g = -torch.rand(1, 320, 2, 16, generator=generator)

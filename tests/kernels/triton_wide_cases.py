@@ -12,12 +12,14 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from nha_kernels import Memory
+from nha_kernels import AttentionOptions, Memory
 from nha_kernels.chunked import chunked_attention
 from nha_kernels.rope import rope_tables, rotate
-from nha_kernels.triton import attention, libraries, merged_attention
-from nha_kernels.triton.flash import Bounds, WindowOutput, _rows_of_the_batch
-from nha_kernels.triton.rotary import rotated_heads
+from nha_kernels.triton.attention import backend, beside_library
+from nha_kernels.triton.attention.rotary import rotated_heads
+from nha_kernels.triton.libraries import choice as libraries
+from nha_kernels.triton.libraries.adapter import Bounds, WindowOutput
+from nha_kernels.triton.libraries.torch_flash import _rows_of_the_batch
 from tests.kernels.flash_stand_ins import cute_interface, dense_attention, dense_gradients, flash_attn_interface
 
 TOLERANCE = 2e-5  # float32 sums in another order; the log-decay's gradient divides by small masses
@@ -39,7 +41,7 @@ def dense_backward(
 @pytest.fixture(autouse=True)
 def dense_library(monkeypatch: pytest.MonkeyPatch) -> None:
     stand_in = SimpleNamespace(forward=dense_forward, backward=dense_backward)
-    monkeypatch.setattr(merged_attention, "load_library", lambda name: {"torch-flash": stand_in}[name])
+    monkeypatch.setattr(beside_library, "load_library", lambda name: {"torch-flash": stand_in}[name])
 
 
 def inputs(batch: int, tokens: int, *, kv_heads: int = 1, group: int = 2, seed: int = 4) -> list[Tensor]:
@@ -51,15 +53,15 @@ def inputs(batch: int, tokens: int, *, kv_heads: int = 1, group: int = 2, seed: 
     return [normal(kv_heads * group, 64), normal(kv_heads, 64), normal(kv_heads, 64), logsigmoid(normal(kv_heads, 16))]
 
 
-def compare(given: list[Tensor], memory: Memory | None, **options: object) -> None:
+def compare(given: list[Tensor], memory: Memory | None, cu_seqlens: Tensor | None = None, **changed: object) -> None:
     """Output, memory and all gradients of both. Dispatch refuses float32 for libraries, so the backend's function is called itself."""
     generator = torch.Generator().manual_seed(9)
-    options = {"rope": torch.rand(24, generator=generator), "rope_attention_factor": 1.3, "scale": 0.1, "cu_seqlens": None} | options
+    options = AttentionOptions(rope=torch.rand(24, generator=generator), rope_attention_factor=1.3, scale=0.1, **changed)
     results: list[list[Tensor]] = []
-    for function in (attention.triton_attention, chunked_attention):
+    for function in (backend.triton_attention, chunked_attention):
         leaves = [x.clone().requires_grad_() for x in given]
         own = None if memory is None else memory.map(lambda x: x.clone().requires_grad_() if x.is_floating_point() else x)
-        out, after = function(*leaves, memory=own, **options)
+        out, after = function(*leaves, options, cu_seqlens=cu_seqlens, memory=own)
         outputs = [out, after.slot_keys, after.slot_values, after.slot_log_decay, after.window_keys]
         weights = torch.Generator().manual_seed(1)
         loss = sum((x * torch.randn(x.shape, generator=weights)).sum() for x in outputs)
@@ -91,13 +93,13 @@ def memory_of(lengths: list[int], window: int | None, *, kv_heads: int = 1, slot
 
 
 def test_wide_window_over_documents_that_continue_a_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(attention, "attends_by_library", lambda q, v, window: True)
+    monkeypatch.setattr(backend, "attends_by_library", lambda q, v, window: True)
     documents = torch.tensor([0, 8, 8, 20], dtype=torch.int32)
     compare(inputs(1, 20), memory_of([7], 5), window=5, cu_seqlens=documents, empty_slots="weight")
 
 
 def test_wide_window_over_rows_of_different_length(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(attention, "attends_by_library", lambda q, v, window: True)
+    monkeypatch.setattr(backend, "attends_by_library", lambda q, v, window: True)
     compare(inputs(2, 6), memory_of([2, 9], 5), window=5, empty_slots="attend")
 
 
@@ -129,8 +131,8 @@ def test_cudnn_attends_where_one_document_fills_each_row(monkeypatch: pytest.Mon
         return dense_forward(*call)
 
     stand_in = SimpleNamespace(forward=forward, backward=dense_backward)
-    monkeypatch.setattr(merged_attention, "load_library", lambda name: {"cudnn": stand_in}[name])
-    monkeypatch.setattr(attention, "choose_library", lambda call: libraries.Choice("cudnn" if call.one_document else "other", ""))
+    monkeypatch.setattr(beside_library, "load_library", lambda name: {"cudnn": stand_in}[name])
+    monkeypatch.setattr(backend, "choose_library", lambda call: libraries.Choice("cudnn" if call.one_document else "other", ""))
     compare(inputs(2, 9), None, window=None, empty_slots="attend")
     assert seen == [None]
 
@@ -151,8 +153,8 @@ def test_adapters_of_the_packages(name: str, bounds: Bounds | None, window: int 
     modules |= {"flash_attn.cute": package.cute, "flash_attn.cute.interface": package.cute.interface}
     for path, module in modules.items():
         monkeypatch.setitem(sys.modules, path, module)
-    for adapter in ("flash_package", "flash_cute"):
-        monkeypatch.delitem(sys.modules, f"nha_kernels.triton.{adapter}", raising=False)
+    for adapter in ("flash_attn_2", "flash_attn_4"):
+        monkeypatch.delitem(sys.modules, f"nha_kernels.triton.libraries.{adapter}", raising=False)
     library = libraries.load_library(name)
 
     generator = torch.Generator().manual_seed(3)

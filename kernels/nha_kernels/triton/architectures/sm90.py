@@ -9,11 +9,11 @@ from torch import Tensor
 
 from .tiles import DecodeTiles, SummaryTiles, Tiles
 
-CAPABILITIES = ((9, 0),)
+CAPABILITIES: tuple[tuple[int, int], ...] = ((9, 0),)
 
 # Libraries by measured time (bench_wide.py): for full windows with one document in each row, and for everything else.
-FULL_WINDOW_LIBRARIES = ("flash-attn-4", "cudnn", "flash-attn", "torch-flash")
-OTHER_WINDOW_LIBRARIES = ("flash-attn-4", "flash-attn", "torch-flash")
+FULL_WINDOW_LIBRARIES: tuple[str, ...] = ("flash-attn-4", "cudnn", "flash-attn", "torch-flash")
+OTHER_WINDOW_LIBRARIES: tuple[str, ...] = ("flash-attn-4", "flash-attn", "torch-flash")
 # Windows up to these are faster in the fused kernels than by the library.
 LIBRARY_PAYS_ABOVE = {"flash-attn-4": 512, "flash-attn": 1023, "torch-flash": 1023, "cudnn": 1023}
 
@@ -88,6 +88,4 @@ def summary_tiles(k: Tensor, v: Tensor, g: Tensor) -> SummaryTiles:
     columns = 32
     if k.dtype == torch.bfloat16:
         columns = 128 if k.shape[3] % 128 == v.shape[3] % 128 == 0 else 64
-    return SummaryTiles(
-        chunk=32, slots=min(most, 1 << (g.shape[3] - 1).bit_length()), columns=columns, gate_stages=1 if exact else 3
-    )
+    return SummaryTiles(chunk=32, slots=min(most, 1 << (g.shape[3] - 1).bit_length()), columns=columns, gate_stages=1 if exact else 3)

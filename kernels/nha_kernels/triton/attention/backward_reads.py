@@ -15,8 +15,6 @@ import triton.language as tl
 from torch import Tensor
 
 from ..common import LENGTHS, LOG2_E, continues_state, exp, load_gates, load_starts, rounded_sums, signed_sums, write_strength
-from .problem import Gradients, Problem, Slab
-from .states import ChunkStates
 from ..tile_operations import (
     SMALLEST_NORMAL,
     biased_logits,
@@ -32,6 +30,8 @@ from ..tile_operations import (
     to_decay_dtype,
     visible_pairs,
 )
+from .problem import Gradients, Problem, Slab
+from .states import ChunkStates
 
 
 @triton.jit(do_not_specialize=LENGTHS)

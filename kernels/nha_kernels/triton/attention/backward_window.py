@@ -9,7 +9,6 @@ import triton.language as tl
 from torch import Tensor
 
 from ..common import LENGTHS, LOG2_E, load_starts, unrotate
-from .problem import Gradients, Problem
 from ..tile_operations import (
     chunk_and_head,
     dot_halves,
@@ -22,6 +21,7 @@ from ..tile_operations import (
     store_halves,
     window_visible,
 )
+from .problem import Gradients, Problem
 
 
 @triton.jit

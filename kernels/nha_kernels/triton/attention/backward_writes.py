@@ -6,9 +6,9 @@ import triton.language as tl
 from torch import Tensor
 
 from ..common import LENGTHS, continues_state, exp, load_gates, load_starts, signed_sums, write_strength
+from ..tile_operations import chunk_and_head, dot_halves, load_halves, load_rows, load_state_halves, store_halves, to_decay_dtype
 from .problem import Gradients, Problem, Slab
 from .states import ChunkStates
-from ..tile_operations import chunk_and_head, dot_halves, load_halves, load_rows, load_state_halves, store_halves, to_decay_dtype
 
 
 @triton.jit

@@ -10,8 +10,6 @@ import triton.language as tl
 from torch import Tensor
 
 from ..common import LENGTHS, LN_2, LOG2_E, continues_state, load_gates, load_starts, write_strength
-from .problem import Problem, Slab
-from .states import ChunkStates, SegmentStarts, empty_states, scan_slab, slabs
 from ..tile_operations import (
     biased_logits,
     chunk_and_head,
@@ -31,6 +29,8 @@ from ..tile_operations import (
     visible_pairs,
     window_visible,
 )
+from .problem import Problem, Slab
+from .states import ChunkStates, SegmentStarts, empty_states, scan_slab, slabs
 
 
 @triton.jit(do_not_specialize=LENGTHS)

@@ -8,8 +8,8 @@ import triton
 import triton.language as tl
 
 from ..common import LOG2_E, write_strength
-from .window import attend_window
 from ..tile_operations import biased_logits
+from .window import attend_window
 
 
 @triton.jit

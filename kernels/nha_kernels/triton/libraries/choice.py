@@ -5,8 +5,8 @@
     flash-attn    the package flash-attn 2.x
     flash-attn-4  the package flash-attn-4, for compute capability 9.0 and newer
 
-The fastest that was measured on a device comes first (architectures/, kernels/benchmarks/README.md); one that was not measured there comes after all that
-were. Where nothing was measured, the packages come before PyTorch's own kernel.
+The fastest that was measured on a device comes first (its file in architectures/ has the order); one that was not measured there comes
+after all that were. Where nothing was measured, the packages come before PyTorch's own kernel.
 """
 
 import functools

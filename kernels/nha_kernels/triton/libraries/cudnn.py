@@ -1,7 +1,7 @@
 """cuDNN's causal attention through PyTorch, for `full` layers: on Hopper 1.7 times as fast as PyTorch's flash kernel.
 
-As with torch_flash.py, its backward from the merged output and log-sum-exp gives the gradients of the attention's part of a softmax over more.
-It takes no window and, through PyTorch, no packed documents, and its backward is not deterministic.
+As with torch_flash.py, its backward from the merged output and log-sum-exp gives the gradients of the attention's part of a softmax over
+more. It takes no window and, through PyTorch, no packed documents, and its backward is not deterministic.
 """
 
 import torch
