@@ -126,7 +126,7 @@ def largest_group(q: Tensor, v: Tensor) -> int:
 
 
 def attends_by_library(q: Tensor, v: Tensor, window: int | None) -> bool:
-    """Whether a library attends to the window, and our kernels to the slots alone (attention/beside_library.py). Else ours attend to both."""
+    """Whether a library attends to the window and our kernels to the slots alone (attention/beside_library.py), or ours to both."""
     if window is None:
         return True
     return _refusal_of_flash(q, v) is None and library_pays(window_call(q, window, one_document=False))
