@@ -7,7 +7,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from nha_kernels import AttentionOptions, ContinuedTokens, Memory, backends, continue_attention, decode_memory, nha_attention, nha_decode_step
+from nha_kernels import (
+    AttentionOptions,
+    ContinuedTokens,
+    Memory,
+    backends,
+    continue_attention,
+    decode_memory,
+    nha_attention,
+    nha_decode_step,
+)
 from nha_kernels.backends import choose_backend, register_backend
 from nha_kernels.chunked import chunked_attention
 from tests.kernels.operator_cases import random_inputs

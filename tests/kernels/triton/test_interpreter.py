@@ -12,16 +12,10 @@ pytest.importorskip("triton", reason="triton is not installed: the kernels' arit
 
 @pytest.mark.parametrize(
     "file",
-    [
-        "triton_interpreter_cases.py",
-        "triton_wide_cases.py",
-        "triton_continuation_cases.py",
-        "triton_decode_cases.py",
-        "triton_summary_cases.py",
-    ],
+    ["attention_cases.py", "wide_window_cases.py", "continuation_cases.py", "decode_cases.py", "summary_cases.py"],
 )
 def test_kernels_equal_plain_pytorch(file: str) -> None:
-    cases = pathlib.Path(__file__).with_name(file)
+    cases = pathlib.Path(__file__).parent / "interpreter" / file
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-W", "ignore", str(cases)]
     done = subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True, timeout=900, check=False)
     assert done.returncode == 0, done.stdout[-4000:]

@@ -1,4 +1,4 @@
-"""The kernels' arithmetic in Triton's interpreter against backend="torch". Run by test_triton_interpreter.py in a process of its own,
+"""The kernels' arithmetic in Triton's interpreter against backend="torch". Run by test_interpreter.py in a process of its own,
 because TRITON_INTERPRET must be set before triton is imported. Float32 only: the interpreter computes bf16 wrongly without an error."""
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The fused decode step in Triton's interpreter against backend="reference" in float64. Run by test_triton_interpreter.py."""
+"""The fused decode step in Triton's interpreter against backend="reference" in float64. Run by test_interpreter.py."""
 
 from __future__ import annotations
 

@@ -9,7 +9,7 @@ import torch
 
 from nha_kernels.triton.libraries import choice as libraries
 from nha_kernels.triton.libraries.choice import WindowCall, choose_library, library_pays, prefer_library
-from tests.kernels.flash_stand_ins import cute_interface, flash_attn_interface
+from tests.kernels.triton.libraries.stand_ins import cute_interface, flash_attn_interface
 
 FULL = WindowCall(torch.bfloat16, 128, 8192, None, one_document=True, capability=(9, 0))
 WIDE = FULL._replace(window=4096)

@@ -6,7 +6,7 @@ import torch
 pytest.importorskip("triton", reason="triton is not installed: the kernels are not compiled here")
 
 from nha_kernels import AttentionOptions, Memory, decode_memory
-from tests.kernels.triton_launches import Launch, recorded, stack_bytes
+from tests.kernels.triton.launches import Launch, recorded, stack_bytes
 
 SHARED_BYTES = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # what one program may take
 STACK_BYTES = 1024  # a few dozen spilled registers; ten times as much was seen where a tile was too large, and it was slow

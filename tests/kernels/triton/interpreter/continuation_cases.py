@@ -1,5 +1,5 @@
 """Tokens behind their memory in one buffer: the fused kernels in Triton's interpreter against memory and tokens apart in plain PyTorch.
-Run by test_triton_interpreter.py."""
+Run by test_interpreter.py."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The kernels of slot_summary in Triton's interpreter against plain PyTorch in float64. Run by test_triton_interpreter.py."""
+"""The kernels of slot_summary in Triton's interpreter against plain PyTorch in float64. Run by test_interpreter.py."""
 
 from __future__ import annotations
 

@@ -8,7 +8,7 @@ import torch
 
 pytest.importorskip("triton", reason="triton is not installed: there are no kernels to check")
 
-sys.path.insert(0, str(pathlib.Path(__file__).parents[2] / "kernels/benchmarks"))  # a folder of programs, no package
+sys.path.insert(0, str(pathlib.Path(__file__).parents[3] / "kernels/benchmarks"))  # a folder of programs, no package
 import check
 import check_cases
 

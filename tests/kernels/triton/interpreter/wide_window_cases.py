@@ -1,5 +1,5 @@
 """Wide and full windows in Triton's interpreter against backend="torch", with a dense stand-in for the libraries, none of which runs on
-the CPU. Run by test_triton_interpreter.py in a process of its own."""
+the CPU. Run by test_interpreter.py in a process of its own."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from nha_kernels.triton.attention.rotary import rotated_heads
 from nha_kernels.triton.libraries import choice as libraries
 from nha_kernels.triton.libraries.adapter import Bounds, WindowOutput
 from nha_kernels.triton.libraries.torch_flash import _rows_of_the_batch
-from tests.kernels.flash_stand_ins import cute_interface, dense_attention, dense_gradients, flash_attn_interface
+from tests.kernels.triton.libraries.stand_ins import cute_interface, dense_attention, dense_gradients, flash_attn_interface
 
 TOLERANCE = 2e-5  # float32 sums in another order; the log-decay's gradient divides by small masses
 
