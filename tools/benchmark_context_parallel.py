@@ -36,7 +36,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn import functional as F
 
-from nha_kernels import nha_attention
+from nha_kernels import AttentionOptions, hybrid_attention
 from nha_megatron.checkpoint.files import write_atomically
 from nha_megatron.config import ConfigError, ModelConfig, parse_windows
 from nha_megatron.engine.device import backend_for, choose_device
@@ -65,9 +65,9 @@ class Layer:
     dtype: torch.dtype
     gates: str
 
-    def options(self, device: torch.device) -> dict[str, Any]:
+    def options(self, device: torch.device) -> AttentionOptions:
         pairs = torch.arange(self.head_dim // 2, dtype=torch.float64, device=device)
-        return {"rope": 500000.0 ** -(pairs * 2 / self.head_dim)}
+        return AttentionOptions(self.window, 500000.0 ** -(pairs * 2 / self.head_dim))
 
     def draw(self, tokens: int, device: torch.device, seed: int) -> tuple[Tensors, Tensor]:
         """q, k, v, g and the gradient of the output, for `tokens` tokens."""
@@ -83,13 +83,13 @@ class Layer:
         return (q, k, v, g), normal(self.heads, self.head_dim, self.dtype)
 
     def on_one_rank(self, tensors: Tensors) -> Tensor:
-        return nha_attention(*tensors, window=self.window, **self.options(tensors[0].device))
+        return hybrid_attention(*tensors, self.options(tensors[0].device))
 
     def over_ranks(self, tensors: Tensors, group: dist.ProcessGroup) -> Tensor:
         options = self.options(tensors[0].device)
         if self.window is None:
-            return full_attention_over_ranks(*tensors, group=group, exchange=self.exchange, **options)  # type: ignore[arg-type]
-        return context_parallel_attention(*tensors, window=self.window, group=group, **options)
+            return full_attention_over_ranks(*tensors, options, group=group, exchange=self.exchange)  # type: ignore[arg-type]
+        return context_parallel_attention(*tensors, options, group=group)
 
     def draw_weights(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
         """Of queries with keys and values, of gates, and of the output."""

@@ -5,25 +5,30 @@
 A measurement is a graph of several steps, each of another memory, which together exceed the L2 cache: a real step finds its layer's memory
 in device memory, because all other layers ran since. The floor is bytes / copy rate, with the copy rate measured here and
 bytes = slots read and written, window keys and values read, one window row written, q, k, v, g and out once.
-`--registers` and `--slots` compare limits of registers a thread (0: none) and slots a program instead of what the launcher chooses.
+`--registers` and `--slots` compare limits of registers a thread (0: none) and slots a program instead of what the architecture chooses.
 """
 
 import argparse
+import contextlib
+import dataclasses
 import itertools
 import json
 import pathlib
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
+from unittest import mock
 
 import torch
 import triton
 from bench import graphed, measure_rates, median_ms
 from check import check
 from check_decode import DecodeCase
+from torch import Tensor
 
 from nha_kernels import DecodeMemory, Memory, decode_memory, nha_attention, nha_decode_step
-from nha_kernels.triton import decode_step
+from nha_kernels.triton.architectures import architecture_of
+from nha_kernels.triton.architectures.tiles import DecodeTiles
 from nha_kernels.triton.dispatch import attends_by_library
 
 SLOTS, DIM, QUERY_HEADS, KV_HEADS = 64, 128, 32, 8
@@ -79,8 +84,8 @@ def main() -> None:
     parser.add_argument("--batches", default="1,16,64,256")
     parser.add_argument("--tokens", default="1,4")
     parser.add_argument("--windows", default="64,1024")
-    parser.add_argument("--registers", default=str(decode_step._REGISTERS))
-    parser.add_argument("--slots", default=str(decode_step._SLOTS))
+    parser.add_argument("--registers", default="chosen")
+    parser.add_argument("--slots", default="chosen")
     arguments = parser.parse_args()
     for tokens in map(int, arguments.tokens.split(",")):
         verdict = check(DecodeCase(steps=(tokens,) * 2, graph=True, kv_heads=KV_HEADS, group=QUERY_HEADS // KV_HEADS, slots=SLOTS))
@@ -93,12 +98,14 @@ def main() -> None:
     print(f"{device}, torch {torch.__version__}, triton {triton.__version__}, {copy / 1e12:.2f} TB/s")
     rows = []
     for registers, slots in itertools.product(arguments.registers.split(","), arguments.slots.split(",")):
-        decode_step._REGISTERS, decode_step._SLOTS = int(registers) or None, int(slots)
-        for window in map(int, arguments.windows.split(",")):
-            for tokens in map(int, arguments.tokens.split(",")):
-                for batch in map(int, arguments.batches.split(",")):
-                    rows += time_shape(batch, tokens, window, copy)
-                    torch.cuda.empty_cache()
+        changes = {} if registers == "chosen" else {"registers": int(registers) or None}
+        changes |= {} if slots == "chosen" else {"slots": int(slots)}
+        with decode_tiles_with(changes) as decode_tiles:
+            for window in map(int, arguments.windows.split(",")):
+                for tokens in map(int, arguments.tokens.split(",")):
+                    for batch in map(int, arguments.batches.split(",")):
+                        rows += time_shape(batch, tokens, window, copy, decode_tiles)
+                        torch.cuda.empty_cache()
     arguments.output.mkdir(parents=True, exist_ok=True)
     summary = {
         "device": device,
@@ -113,13 +120,28 @@ def main() -> None:
     (arguments.output / f"decode_{device.lower().replace(' ', '_')}.json").write_text(json.dumps(summary, indent=1) + "\n")
 
 
-def time_shape(batch: int, tokens: int, window: int, copy: float) -> list[dict[str, Any]]:
+@contextlib.contextmanager
+def decode_tiles_with(changes: dict[str, int | None]) -> Iterator[Callable[..., DecodeTiles]]:
+    """Inside, this GPU's tiles are changed."""
+    architecture = architecture_of(torch.cuda.get_device_capability())
+    chosen = architecture.decode_tiles
+
+    def changed(q: Tensor, k: Tensor, v: Tensor) -> DecodeTiles:
+        return dataclasses.replace(chosen(q, k, v), **changes)
+
+    with mock.patch.object(architecture, "decode_tiles", changed):
+        yield changed
+
+
+def time_shape(batch: int, tokens: int, window: int, copy: float, decode_tiles: Callable[..., DecodeTiles]) -> list[dict[str, Any]]:
+    q, k = (torch.empty(batch, tokens, heads, DIM, dtype=torch.bfloat16, device="meta") for heads in (QUERY_HEADS, KV_HEADS))
+    tiles = decode_tiles(q, k, k)
     count, calls = contestants(batch, tokens, window)
     floor = 1e3 * step_bytes(batch, tokens, window) / copy
     rows = []
     for name, call in calls.items():
         row = {"name": name, "batch": batch, "tokens": tokens, "window": window}
-        row |= {"registers": decode_step._REGISTERS, "slots": decode_step._SLOTS}
+        row |= {"registers": tiles.registers, "slots": tiles.slots}
         row |= {"ms": median_ms(graphed(call)) / count, "floor_ms": floor}
         rows.append(row)
         print(

@@ -1,5 +1,5 @@
-"""Times full and wide windows with each library that is installed, and with the fused kernels: what the order in
-nha_kernels/triton/libraries.py, and what pays beside the fused kernels, are made from.
+"""Times full and wide windows with each library that is installed, and with the fused kernels: what the order of
+libraries in nha_kernels/triton/architectures/, and what pays beside the fused kernels, are made from.
 
     PYTHONPATH=kernels python kernels/benchmarks/bench_wide.py [--output kernels/benchmarks/results] [--libraries cudnn,torch-flash]
 
@@ -24,8 +24,8 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from nha_kernels import nha_attention
-from nha_kernels.triton import attention
-from nha_kernels.triton.libraries import prefer_library
+from nha_kernels.triton.attention import backend
+from nha_kernels.triton.libraries.choice import prefer_library
 
 QUERY_HEADS, KV_HEADS, DIM, SLOTS = 32, 8, 128, 64
 SHAPES: list[tuple[int | None, int, int]] = [  # window, tokens, documents
@@ -58,7 +58,7 @@ def call_of(window: int | None, tokens: int, documents: int) -> tuple[Any, list[
 @contextlib.contextmanager
 def attending(name: str) -> Iterator[None]:
     """Windows of any width by this library, or by the fused kernels."""
-    fused = mock.patch.object(attention, "attends_by_library", return_value=False)
+    fused = mock.patch.object(backend, "attends_by_library", return_value=False)
     with fused if name == "fused" else prefer_library(name):
         yield
 

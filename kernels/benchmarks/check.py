@@ -31,7 +31,7 @@ from compare import TOLERANCES, make_gates, relative_error
 from torch import Tensor
 
 from nha_kernels import Memory, explain_dispatch, nha_attention
-from nha_kernels.triton.libraries import prefer_library
+from nha_kernels.triton.libraries.choice import prefer_library
 
 
 def all_cases() -> list[Case | DecodeCase | SummaryCase]:

@@ -12,9 +12,12 @@ import zlib
 
 import torch
 
-from nha_kernels.triton.dispatch import choose_tiles, largest_group, refusal_of_shape
-from nha_kernels.triton.problem import Tiles
+from nha_kernels.triton.architectures import architecture_of
+from nha_kernels.triton.architectures.tiles import Tiles
+from nha_kernels.triton.dispatch import refusal_of_shape
 
+# Of this machine's GPU; without one, of the first that was checked.
+_ARCHITECTURE = architecture_of(torch.cuda.get_device_capability() if torch.cuda.is_available() else None)
 _DOCUMENTS = (0, 37, 37, 38, 111, 200)
 
 
@@ -179,7 +182,7 @@ Configuration = tuple[str, int | None, Tiles, int]
 def _configuration(case: Case) -> Configuration:
     """What kernels are compiled for, but for M and a K that is not V: dtype, K = V, tiles, and the power of two that holds the group."""
     q, k, v, g = shapes(case)
-    tiles = choose_tiles(q, k, v, g, case.window or 0)
+    tiles = _ARCHITECTURE.attention_tiles(q, k, v, g, case.window or 0)
     # The slabs follow from the length.
     tiles = dataclasses.replace(tiles, forward_slab=0, backward_slab=0)
     return case.dtype, case.key_dim if case.key_dim == case.value_dim else None, tiles, 1 << (case.group - 1).bit_length()
@@ -193,7 +196,7 @@ def configurations() -> dict[Configuration, list[Case]]:
     for (dtype, key_dim, value_dim, group, slots), window in itertools.product(sizes, (0, 17, 33)):
         case = Case(dtype=dtype, key_dim=key_dim, value_dim=value_dim, group=group, slots=slots, window=window, kv_heads=1)
         q, k, v, g = shapes(case)
-        if refusal_of_shape(q, k, v, g) is None and group <= largest_group(q, v):
+        if refusal_of_shape(q, k, v, g) is None and group <= _ARCHITECTURE.largest_group(q, v):
             found.setdefault(_configuration(case), []).append(case)
     return found
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from nha_kernels import slot_summary
 from nha_kernels.slot_summary import summary_in_pytorch
-from nha_kernels.triton.summary_dispatch import refusal_of_summary
+from nha_kernels.triton.dispatch import refusal_of_summary
 
 OUTPUT_TOLERANCE = 2e-5  # float32, and bf16 weights are kept in two parts
 

@@ -9,10 +9,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .conventions import EmptySlots, clamp_log_gates
+from .backends import choose_backend
+from .conventions import clamp_log_gates
 from .memory import Memory
-from .operator import check_arguments, nha_attention
-from .triton.dispatch import attends_by_library, refusal
+from .operator import check_arguments, hybrid_attention
+from .options import AttentionOptions
 
 
 @dataclass(frozen=True)
@@ -60,54 +61,26 @@ class ContinuedTokens:
 
 
 def continue_attention(
-    q: Tensor,
-    tokens: ContinuedTokens,
-    *,
-    rope: Tensor | None = None,
-    rope_attention_factor: float = 1.0,
-    scale: float | None = None,
-    empty_slots: EmptySlots = "attend",
-    cu_seqlens: Tensor | None = None,
-    backend: str = "auto",
+    q: Tensor, tokens: ContinuedTokens, options: AttentionOptions, *, cu_seqlens: Tensor | None = None, backend: str = "auto"
 ) -> Tensor:
-    """`nha_attention` of q [B, T, HQ, K] and tokens with the memory before them, which continues the first document.
+    """`hybrid_attention` of q [B, T, HQ, K] and tokens with the memory before them, which continues the first document.
 
     The gradients of `tokens.keys`, `.values`, `.log_gates` and `.slots` are tensors that nothing else holds: who gave these tensors to
     this function alone may write to their gradients.
     """
-    held = tokens.held
-    k, v, g = (x[:, held:] for x in (tokens.keys, tokens.values, tokens.log_gates))
-    served = backend in ("auto", "triton") and refusal(q, k, v, g, tokens.window) is None
-    if served and not attends_by_library(q, v, tokens.window):
-        from .triton.continuation import fused_continuation
-
-        check_arguments(q, k, v, g, tokens.window, rope, empty_slots, cu_seqlens, None)
-        return fused_continuation(
-            q,
-            tokens.keys,
-            tokens.values,
-            tokens.log_gates,
-            tokens.slots,
-            held=held,
-            window=tokens.window,
-            rope=rope,
-            rope_attention_factor=rope_attention_factor,
-            scale=q.shape[-1] ** -0.5 if scale is None else scale,
-            empty_slots=empty_slots,
-            cu_seqlens=cu_seqlens,
+    if options.window != tokens.window:
+        raise ValueError(
+            f"the tokens continue a memory with window={tokens.window}, the options have window={options.window}: use one window"
         )
+    k, v, g = (x[:, tokens.held :] for x in (tokens.keys, tokens.values, tokens.log_gates))
+    chosen = choose_backend("continuation", backend, q, k, v, g, options.window)
+    if chosen is None:
+        return continue_apart(q, tokens, options, cu_seqlens, backend)
+    check_arguments(q, k, v, g, options, cu_seqlens, None)
+    return chosen.load()(q, tokens, options, cu_seqlens)
+
+
+def continue_apart(q: Tensor, tokens: ContinuedTokens, options: AttentionOptions, cu_seqlens: Tensor | None, backend: str) -> Tensor:
+    """`continue_attention` through attention, which copies memory and tokens behind one another."""
     k, v, g, memory = tokens.apart()
-    return nha_attention(
-        q,
-        k,
-        v,
-        g,
-        window=tokens.window,
-        rope=rope,
-        rope_attention_factor=rope_attention_factor,
-        scale=scale,
-        empty_slots=empty_slots,
-        cu_seqlens=cu_seqlens,
-        memory=memory,
-        backend=backend,
-    )
+    return hybrid_attention(q, k, v, g, options, cu_seqlens=cu_seqlens, memory=memory, backend=backend)

@@ -5,10 +5,11 @@ import dataclasses
 import torch
 from torch import Tensor
 
+from .backends import choose_backend
 from .conventions import EmptySlots
 from .memory import Memory
-from .operator import check_arguments, nha_attention
-from .triton.decode_dispatch import refusal_of_decode
+from .operator import attend_and_remember, check_arguments
+from .options import AttentionOptions
 
 _MOST_TOKENS = 8
 
@@ -91,77 +92,15 @@ def nha_decode_step(
         raise ValueError(
             f"the memory holds {memory.window_keys.shape[1]} rows of a window of {memory.window}: pass it through decode_memory"
         )
-    if backend in ("auto", "triton"):
-        check_arguments(q, k, v, g, memory.window, rope, empty_slots, None, memory)
-        reason = _refusal(q, k, v, g, memory)
-        if reason is None:
-            return _fused_step(q, k, v, g, memory, rope, rope_attention_factor, scale, empty_slots)
-        if backend == "triton":
-            raise ValueError(f"backend='triton' does not serve this decode step: {reason}. Use backend='auto'")
-    out, new = nha_attention(
-        q,
-        k,
-        v,
-        g,
-        window=memory.window,
-        rope=rope,
-        rope_attention_factor=rope_attention_factor,
-        scale=scale,
-        empty_slots=empty_slots,
-        memory=memory,
-        return_memory=True,
-        backend=backend,
-    )
+    options = AttentionOptions(memory.window, rope, rope_attention_factor, scale, empty_slots)
+    check_arguments(q, k, v, g, options, None, memory)
+    chosen = choose_backend("decode", backend, q, k, v, g, memory)
+    if chosen is not None:
+        return chosen.load()(q, k, v, g, memory, options)
+    out, new = attend_and_remember(q, k, v, g, options, memory=memory, backend=backend)
     for field in dataclasses.fields(Memory):
         if field.name != "window":
             getattr(memory, field.name).copy_(getattr(new, field.name))
     if isinstance(memory, DecodeMemory):
         memory.window_start.zero_()
     return out
-
-
-def explain_decode_dispatch(q: Tensor, k: Tensor, v: Tensor, g: Tensor, memory: Memory) -> str:
-    """What `nha_decode_step(q, k, v, g, memory, backend="auto")` runs, and why: one line."""
-    reason = _refusal(q, k, v, g, memory)
-    return "triton: fused decode kernels" if reason is None else f"nha_attention: {reason}"
-
-
-def _refusal(q: Tensor, k: Tensor, v: Tensor, g: Tensor, memory: Memory) -> str | None:
-    if not isinstance(memory, DecodeMemory):
-        return "the memory is not from decode_memory, so its window is no ring"
-    tensors = [getattr(memory, field.name) for field in dataclasses.fields(memory) if field.name != "window"]
-    if not all(x.is_contiguous() for x in tensors):
-        return "a tensor of the memory is not contiguous"
-    if memory.window_keys.dtype != q.dtype or memory.window_values.dtype != q.dtype:
-        return f"the memory's window is {memory.window_keys.dtype}, the new tokens are {q.dtype}"
-    return refusal_of_decode(q, k, v, g)
-
-
-def _fused_step(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    g: Tensor,
-    memory: Memory,
-    rope: Tensor | None,
-    rope_attention_factor: float,
-    scale: float | None,
-    empty_slots: EmptySlots,
-) -> Tensor:
-    from .triton.decode_step import decode_step
-
-    assert isinstance(memory, DecodeMemory)
-    return decode_step(
-        q,
-        k,
-        v,
-        g,
-        (memory.slot_keys, memory.slot_values, memory.slot_log_decay),
-        (memory.window_keys, memory.window_values, memory.window_log_gates),
-        memory.length,
-        memory.window_start,
-        rope=rope,
-        rope_attention_factor=rope_attention_factor,
-        scale=q.shape[-1] ** -0.5 if scale is None else scale,
-        empty_slots=empty_slots,
-    )

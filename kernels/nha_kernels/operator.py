@@ -1,49 +1,16 @@
 """The public operator: checks its arguments once, then hands them to a backend."""
 
 import itertools
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, Literal, Protocol, overload
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
 
-from .chunked import chunked_attention, log_sum_exps, slot_share
+from .backends import choose_backend
+from .chunked import slot_share
 from .conventions import EMPTY_SLOTS, EmptySlots, clamp_log_gates, write_strength
 from .memory import Memory
-from .reference import reference_attention
-
-
-class Implementation(Protocol):
-    """What a backend provides: `nha_attention` with checked arguments, clamped gates, at least one token, and always the memory."""
-
-    def __call__(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        g: Tensor,
-        *,
-        window: int | None,
-        rope: Tensor | None,
-        rope_attention_factor: float,
-        scale: float,
-        empty_slots: EmptySlots,
-        cu_seqlens: Tensor | None,
-        memory: Memory | None,
-    ) -> tuple[Tensor, Memory]: ...
-
-
-@dataclass(frozen=True)
-class _Backend:
-    """`load` returns the implementation. `refuses`, where `auto` may choose the backend, says why it does not serve a call, or None."""
-
-    load: Callable[[], Implementation]
-    refuses: Callable[[Tensor, Tensor, Tensor, Tensor, int | None], str | None] | None = None
-    handles_gates: bool = False  # clamps the gates itself, and always gives them a gradient
-
-
-_BACKENDS: dict[str, _Backend] = {"reference": _Backend(lambda: reference_attention), "torch": _Backend(lambda: chunked_attention)}
+from .options import AttentionOptions
 
 
 @overload
@@ -125,31 +92,49 @@ def nha_attention(
     Raises:
         ValueError: shapes, dtypes or options that do not fit, with what was given and what is allowed.
     """
-    check_arguments(q, k, v, g, window, rope, empty_slots, cu_seqlens, memory)
-    chosen = _choose_backend(backend, q, k, v, g, window)
+    options = AttentionOptions(window, rope, rope_attention_factor, scale, empty_slots)
+    output, new_memory = attend_and_remember(q, k, v, g, options, cu_seqlens=cu_seqlens, memory=memory, backend=backend)
+    return (output, new_memory) if return_memory else output
+
+
+def hybrid_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    options: AttentionOptions,
+    *,
+    cu_seqlens: Tensor | None = None,
+    memory: Memory | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """The output of `nha_attention` for a caller that keeps the options of its calls in one object."""
+    return attend_and_remember(q, k, v, g, options, cu_seqlens=cu_seqlens, memory=memory, backend=backend)[0]
+
+
+def attend_and_remember(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    options: AttentionOptions,
+    *,
+    cu_seqlens: Tensor | None = None,
+    memory: Memory | None = None,
+    backend: str = "auto",
+) -> tuple[Tensor, Memory]:
+    """`hybrid_attention` and the memory after the last token."""
+    check_arguments(q, k, v, g, options, cu_seqlens, memory)
+    chosen = choose_backend("attention", backend, q, k, v, g, options.window)
+    assert chosen is not None, "attention goes through nothing else"
     memory = None if memory is None else memory.aligned()
     if not chosen.handles_gates:
         g = clamp_log_gates(g)
     if q.shape[1] == 0:
         output = q.new_zeros(*q.shape[:3], v.shape[-1])
-        new_memory = memory or _empty_memory_like(q, k, v, g, window)
-    else:
-        output, new_memory = chosen.load()(
-            q,
-            k,
-            v,
-            g,
-            window=window,
-            rope=rope,
-            rope_attention_factor=rope_attention_factor,
-            scale=q.shape[-1] ** -0.5 if scale is None else scale,
-            empty_slots=empty_slots,
-            cu_seqlens=cu_seqlens,
-            memory=memory,
-        )
-        if not chosen.handles_gates:
-            output = _KeepInGraph.apply(output, g)
-    return (output, new_memory) if return_memory else output
+        return output, memory or _empty_memory_like(q, k, v, g, options.window)
+    output, new_memory = chosen.load()(q, k, v, g, options, cu_seqlens=cu_seqlens, memory=memory)
+    return output if chosen.handles_gates else _KeepInGraph.apply(output, g), new_memory
 
 
 @torch.no_grad()
@@ -158,69 +143,24 @@ def attention_statistics(
     k: Tensor,
     v: Tensor,
     g: Tensor,
+    options: AttentionOptions,
     *,
-    window: int | None,
-    rope: Tensor | None = None,
-    rope_attention_factor: float = 1.0,
-    scale: float | None = None,
-    empty_slots: EmptySlots = "attend",
     cu_seqlens: Tensor | None = None,
     memory: Memory | None = None,
 ) -> dict[str, Tensor]:
-    """What a layer does with its memory, as scalars on the device. Arguments as `nha_attention`.
+    """What a layer does with its memory, as scalars on the device. Arguments as `hybrid_attention`.
 
     Returns:
         slot_share: mean probability that the softmax gives to the slots; mean_decay: mean of exp(g); write_strength: mean of 1 - exp(g).
     """
-    check_arguments(q, k, v, g, window, rope, empty_slots, cu_seqlens, memory)
+    check_arguments(q, k, v, g, options, cu_seqlens, memory)
+    chosen = choose_backend("statistics", "auto", q, k, v, g, options.window)
+    assert chosen is not None, "the torch backend has them"
     memory = None if memory is None else memory.aligned()
     g = clamp_log_gates(g)
-    slots, tokens = log_sum_exps(
-        q,
-        k,
-        v,
-        g,
-        window=window,
-        rope=rope,
-        rope_attention_factor=rope_attention_factor,
-        scale=q.shape[-1] ** -0.5 if scale is None else scale,
-        empty_slots=empty_slots,
-        cu_seqlens=cu_seqlens,
-        memory=memory,
-    )
+    slots, tokens = chosen.load()(q, k, v, g, options, cu_seqlens=cu_seqlens, memory=memory)
     strength = write_strength(g).mean()
     return {"slot_share": slot_share(slots, tokens).mean(), "mean_decay": 1 - strength, "write_strength": strength}
-
-
-def register_backend(
-    name: str,
-    load: Callable[[], Implementation],
-    refuses: Callable[[Tensor, Tensor, Tensor, Tensor, int | None], str | None] | None = None,
-    *,
-    handles_gates: bool = False,
-) -> None:
-    """Offer a further implementation. `load` returns it and is called when the backend is used, so its imports can wait.
-
-    With `refuses(q, k, v, g, window)`, the reason why it does not serve a call or None, `auto` takes it for the calls that it serves.
-    Backends register themselves from `nha_kernels/__init__.py`: this module and what it imports must stay plain PyTorch, because
-    exported Hugging Face models carry its source.
-    """
-    _BACKENDS[name] = _Backend(load, refuses, handles_gates)
-
-
-def _choose_backend(backend: str, q: Tensor, k: Tensor, v: Tensor, g: Tensor, window: int | None) -> _Backend:
-    if backend == "auto":
-        for candidate in _BACKENDS.values():
-            if candidate.refuses is not None and candidate.refuses(q, k, v, g, window) is None:
-                return candidate
-        return _BACKENDS["torch"]
-    if backend not in _BACKENDS:
-        raise ValueError(f"backend={backend!r}: allowed are 'auto', {', '.join(map(repr, _BACKENDS))}")
-    chosen = _BACKENDS[backend]
-    reason = None if chosen.refuses is None else chosen.refuses(q, k, v, g, window)
-    if reason is not None:
-        raise ValueError(f"backend={backend!r} does not serve this call: {reason}. Use backend='auto'")
-    return chosen
 
 
 def _empty_memory_like(q: Tensor, k: Tensor, v: Tensor, g: Tensor, window: int | None) -> Memory:
@@ -228,17 +168,10 @@ def _empty_memory_like(q: Tensor, k: Tensor, v: Tensor, g: Tensor, window: int |
 
 
 def check_arguments(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    g: Tensor,
-    window: int | None,
-    rope: Tensor | None,
-    empty_slots: str,
-    cu_seqlens: Tensor | None,
-    memory: Memory | None,
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor, options: AttentionOptions, cu_seqlens: Tensor | None, memory: Memory | None
 ) -> None:
     """Everything that can be told from shapes and dtypes, without waiting for the device."""
+    window, rope, empty_slots = options.window, options.rope, options.empty_slots
     if any(x.dim() != 4 for x in (q, k, v, g)):
         raise ValueError(f"q, k, v, g must have 4 axes [B, T, heads, channels], given {[tuple(x.shape) for x in (q, k, v, g)]}")
     batch, num_tokens, num_heads, key_dim = q.shape

@@ -8,27 +8,18 @@ import itertools
 import torch
 from torch import Tensor
 
-from .conventions import EmptySlots, accumulation_dtype, bias_slot_logits, softmax_with_logsumexp, write_strength
+from .conventions import accumulation_dtype, bias_slot_logits, softmax_with_logsumexp, write_strength
 from .memory import Memory
+from .options import AttentionOptions
 from .rope import rope_tables, rotate
 
 
 def reference_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    g: Tensor,
-    *,
-    window: int | None,
-    rope: Tensor | None,
-    rope_attention_factor: float,
-    scale: float,
-    empty_slots: EmptySlots,
-    cu_seqlens: Tensor | None,
-    memory: Memory | None,
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor, options: AttentionOptions, *, cu_seqlens: Tensor | None, memory: Memory | None
 ) -> tuple[Tensor, Memory]:
-    """Arguments as `nha_attention`. Rows and documents run one after another, each from its own memory."""
+    """Arguments as `hybrid_attention`. Rows and documents run one after another, each from its own memory."""
     batch, _, num_kv_heads, key_dim = k.shape
+    window = options.window
     if memory is None:
         memory = Memory.empty(batch, num_kv_heads, g.shape[-1], key_dim, v.shape[-1], window, dtype=q.dtype, device=q.device)
     starts = [0, q.shape[1]] if cu_seqlens is None else cu_seqlens.tolist()
@@ -39,28 +30,17 @@ def reference_attention(
             if document > 0:
                 row_memory = Memory.empty(1, num_kv_heads, g.shape[-1], key_dim, v.shape[-1], window, dtype=q.dtype, device=q.device)
             part = slice(start, end)
-            output, row_memory = _one_document(
-                q[row, part], k[row, part], v[row, part], g[row, part], row_memory, rope, rope_attention_factor, scale, empty_slots
-            )
+            output, row_memory = _one_document(q[row, part], k[row, part], v[row, part], g[row, part], row_memory, options)
             row_outputs.append(output)
         outputs.append(torch.cat(row_outputs))
         memories.append(row_memory)
     return torch.stack(outputs), _stack(memories, window)
 
 
-def _one_document(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    g: Tensor,
-    memory: Memory,
-    rope: Tensor | None,
-    rope_attention_factor: float,
-    scale: float,
-    empty_slots: EmptySlots,
-) -> tuple[Tensor, Memory]:
+def _one_document(q: Tensor, k: Tensor, v: Tensor, g: Tensor, memory: Memory, options: AttentionOptions) -> tuple[Tensor, Memory]:
     """One sequence: q [T, HQ, K], k [T, H, K], v [T, H, V], g [T, H, M], memory of batch 1."""
     dtype = accumulation_dtype(q.dtype)
+    scale = options.logit_scale(q.shape[-1])
     seen = int(memory.length)
     held = seen if memory.window is None else min(memory.window, seen)
     rows = memory.window_keys.shape[1]
@@ -71,8 +51,8 @@ def _one_document(
     window = keys.shape[0] if memory.window is None else memory.window
 
     rotated_keys, rotated_queries = keys, queries
-    if rope is not None:
-        cos, sin = rope_tables(torch.arange(keys.shape[0], device=q.device), rope, rope_attention_factor, dtype)
+    if options.rope is not None:
+        cos, sin = rope_tables(torch.arange(keys.shape[0], device=q.device), options.rope, options.rope_attention_factor, dtype)
         rotated_keys = rotate(keys[None], cos, sin)[0]
         rotated_queries = rotate(queries[None], cos[held:], sin[held:])[0]
 
@@ -97,7 +77,7 @@ def _one_document(
             slot_logits = scale * slot_keys[kv] @ queries[t, head]
             slot_logits = bias_slot_logits(
                 slot_logits,
-                empty_slots,
+                options.empty_slots,
                 anything_written=torch.tensor(written > 0, device=q.device),
                 slot_log_decay=slot_log_decay[kv],
             )

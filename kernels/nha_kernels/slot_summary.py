@@ -1,19 +1,27 @@
 """What a run of tokens does to the slots, whatever they held before: the message of context parallelism."""
 
-from typing import Any
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from .backends import choose_backend
 from .conventions import accumulation_dtype, clamp_log_gates, write_strength
-from .triton.summary_dispatch import refusal_of_summary
+
+
+class SummaryFunctions(NamedTuple):
+    """What a backend provides."""
+
+    summary: Callable[..., tuple[Tensor, Tensor, Tensor]]  # `slot_summary`
+    write: Callable[..., tuple[Tensor, ...]]  # `summarise_slots`
+    add_gradients: Callable[..., None]  # `add_summary_gradients`
 
 
 def slot_summary(k: Tensor, v: Tensor, g: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Summarise writing all given tokens in order: slots_out = exp(log_decay) * slots_in + update.
 
-    CUDA tensors go through kernels where `triton/summary_dispatch.py` lets them: the same result, and the same bits in every run.
+    CUDA tensors go through kernels where `triton/dispatch.py` lets them: the same result, and the same bits in every run.
 
     Args:
         k, v, g: [B, T, H, K], [B, T, H, V], [B, T, H, M] as `nha_attention` takes them; T may be 0.
@@ -21,10 +29,7 @@ def slot_summary(k: Tensor, v: Tensor, g: Tensor) -> tuple[Tensor, Tensor, Tenso
     Returns:
         log_decay [B, H, M], update_keys [B, H, M, K], update_values [B, H, M, V] in float32 (float64 for float64). Differentiable.
     """
-    if refusal_of_summary(k, v, g) is not None:
-        return summary_in_pytorch(k, v, g)
-    update_keys, update_values, log_decay = _Summary.apply(k, v, g).split([k.shape[-1], v.shape[-1], 1], dim=-1)
-    return log_decay.squeeze(-1), update_keys, update_values
+    return _functions_for(k, v, g).summary(k, v, g)
 
 
 def summarise_slots(k: Tensor, v: Tensor, g: Tensor, out: Tensor) -> tuple[Tensor, ...]:
@@ -33,13 +38,7 @@ def summarise_slots(k: Tensor, v: Tensor, g: Tensor, out: Tensor) -> tuple[Tenso
     Not differentiable: its derivative is `add_summary_gradients`, which wants what is returned here.
     """
     with torch.no_grad():
-        if refusal_of_summary(k, v, g) is None:
-            from .triton.summary import summarise_on_gpu
-
-            return summarise_on_gpu(k, v, g, out)
-        log_decay, *updates = summary_in_pytorch(k, v, g)
-        torch.cat([*updates, log_decay.unsqueeze(-1)], dim=-1, out=out)
-    return ()
+        return _functions_for(k, v, g).write(k, v, g, out)
 
 
 def add_summary_gradients(
@@ -52,18 +51,13 @@ def add_summary_gradients(
         d_summary: gradient of what it wrote.
         dk, dv, dg: [B, T, H, .] of the dtypes of k, v and g; channels without gaps.
     """
-    if kept:
-        from .triton.summary_backward import add_summary_gradients_on_gpu
+    _functions_for(k, v, g).add_gradients(k, v, g, kept, d_summary, dk, dv, dg)
 
-        add_summary_gradients_on_gpu(k, v, g, kept, d_summary, dk, dv, dg)
-        return
-    with torch.enable_grad():
-        leaves = [x.detach().requires_grad_() for x in (k, v, g)]
-        outputs = summary_in_pytorch(*leaves)
-    d_keys, d_values, d_log_decay = d_summary.split([k.shape[-1], v.shape[-1], 1], dim=-1)
-    gradients = torch.autograd.grad(outputs, leaves, (d_log_decay.squeeze(-1), d_keys, d_values))
-    for total, gradient in zip((dk, dv, dg), gradients, strict=True):
-        total += gradient
+
+def _functions_for(k: Tensor, v: Tensor, g: Tensor) -> SummaryFunctions:
+    chosen = choose_backend("summary", "auto", k, v, g)
+    assert chosen is not None, "the torch backend has them"
+    return chosen.load()
 
 
 def summary_in_pytorch(k: Tensor, v: Tensor, g: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -78,20 +72,22 @@ def summary_in_pytorch(k: Tensor, v: Tensor, g: Tensor) -> tuple[Tensor, Tensor,
     return g.sum(1), weights @ k.to(dtype).permute(0, 2, 1, 3), weights @ v.to(dtype).permute(0, 2, 1, 3)
 
 
-class _Summary(torch.autograd.Function):
-    """[B, H, M, K + V + 1]"""
+def _write_in_pytorch(k: Tensor, v: Tensor, g: Tensor, out: Tensor) -> tuple[Tensor, ...]:
+    log_decay, *updates = summary_in_pytorch(k, v, g)
+    torch.cat([*updates, log_decay.unsqueeze(-1)], dim=-1, out=out)
+    return ()
 
-    @staticmethod
-    def forward(ctx: Any, k: Tensor, v: Tensor, g: Tensor) -> Tensor:
-        batch, _, heads, slots = g.shape
-        out = k.new_empty(batch, heads, slots, k.shape[-1] + v.shape[-1] + 1, dtype=accumulation_dtype(k.dtype))
-        ctx.save_for_backward(k, v, g, *summarise_slots(k, v, g, out))
-        return out
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, d_summary: Tensor) -> tuple[Tensor, ...]:
-        k, v, g, *kept = ctx.saved_tensors
-        gradients = tuple(torch.zeros(x.shape, dtype=x.dtype, device=x.device) for x in (k, v, g))
-        add_summary_gradients(k, v, g, tuple(kept), d_summary, *gradients)
-        return gradients
+def _add_gradients_in_pytorch(
+    k: Tensor, v: Tensor, g: Tensor, kept: tuple[Tensor, ...], d_summary: Tensor, dk: Tensor, dv: Tensor, dg: Tensor
+) -> None:
+    with torch.enable_grad():
+        leaves = [x.detach().requires_grad_() for x in (k, v, g)]
+        outputs = summary_in_pytorch(*leaves)
+    d_keys, d_values, d_log_decay = d_summary.split([k.shape[-1], v.shape[-1], 1], dim=-1)
+    gradients = torch.autograd.grad(outputs, leaves, (d_log_decay.squeeze(-1), d_keys, d_values))
+    for total, gradient in zip((dk, dv, dg), gradients, strict=True):
+        total += gradient
+
+
+IN_PYTORCH = SummaryFunctions(summary_in_pytorch, _write_in_pytorch, _add_gradients_in_pytorch)

@@ -152,10 +152,10 @@ def test_the_kernels_train_like_pytorch(ranks: RankPool, run: Callable[..., dict
 
 
 def train_by_pytorch(config: Any) -> dict[str, Any]:
-    from nha_kernels import operator
+    from nha_kernels.backends import _BACKENDS
 
-    kernels = operator._BACKENDS.pop("triton")
+    kernels = _BACKENDS["attention"].pop("triton")
     try:
         return train(config)
     finally:
-        operator._BACKENDS["triton"] = kernels
+        _BACKENDS["attention"]["triton"] = kernels

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from nha_kernels import attention_statistics, nha_attention
+from nha_kernels import AttentionOptions, attention_statistics, nha_attention
 from tests.kernels.operator_cases import ROPE, assert_same, boundaries, forward_and_gradients, random_inputs, relative_error
 
 EXACT = 1e-11  # float64 against float64 over sums of up to some hundred terms: rounding is about 1e-14, cancellation costs a few digits
@@ -157,12 +157,12 @@ def test_angles_are_exact_at_a_million_tokens() -> None:
 
 def test_statistics_report_the_share_of_the_slots() -> None:
     inputs = random_inputs(T, heads=2)
-    statistics = attention_statistics(*inputs.tensors, window=1, empty_slots="mask")
+    statistics = attention_statistics(*inputs.tensors, AttentionOptions(window=1, empty_slots="mask"))
     assert statistics["write_strength"].item() == pytest.approx((1 - inputs.g.exp()).mean().item())
     assert statistics["mean_decay"].item() == pytest.approx(inputs.g.exp().mean().item())
     # Values of 1 on tokens and nothing else: the output is 1 minus the slots' share where slots hold only zeros.
     inputs.v.data.fill_(1.0)
     full = nha_attention(*inputs.tensors, window=None, empty_slots="attend", backend="torch")
-    share = attention_statistics(*inputs.tensors, window=None, empty_slots="attend")["slot_share"]
+    share = attention_statistics(*inputs.tensors, AttentionOptions(window=None, empty_slots="attend"))["slot_share"]
     assert share.item() == pytest.approx(1 - full.mean().item())
-    assert attention_statistics(*inputs.tensors, window=0)["slot_share"].item() == 1.0
+    assert attention_statistics(*inputs.tensors, AttentionOptions(window=0))["slot_share"].item() == 1.0

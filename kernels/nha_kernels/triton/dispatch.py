@@ -1,109 +1,61 @@
-"""Which kernels serve a call, and with which tiles: one static table, no tuning at run time.
+"""Which operations the kernels serve, with which tiles, and why not: for all of them, and without triton.
 
-Tuning at run time picks different kernels on different ranks and after a restart. Every choice of tiles was compared with float64 on an
-H100 or H200 by `kernels/benchmarks/check.py`, at a sample of head sizes, groups, slots and conventions. Needs no triton to be imported.
+The tiles are those of the architecture (architectures/); nothing is tuned at run time.
 """
 
+import dataclasses
 import importlib.util
 import os
 
 import torch
 from torch import Tensor
 
+from ..decode import DecodeMemory
 from ..memory import Memory
-from .libraries import choose_library, library_pays, window_call
-from .problem import Tiles
+from .architectures import Architecture, architecture_of, capability_of, checked_architecture, checked_capabilities
+from .architectures.tiles import Tiles
+from .libraries.choice import choose_library, library_pays, window_call
 
-_HAS_TRITON = importlib.util.find_spec("triton") is not None
-_CHECKED_CAPABILITIES = {(9, 0)}  # the kernels compile for 8.0 (large tiles spill there) and 10.0 too, but have not run there
-FORWARD_SLAB, BACKWARD_SLAB = 16384, 4096  # tokens whose slots are in device memory at the same time
-
-
-def choose_tiles(q: Tensor, k: Tensor, v: Tensor, g: Tensor, window: int) -> Tiles:
-    """Tiles for a call that `refusal` lets pass."""
-    exact = q.dtype == torch.float32
-    wide = max(q.shape[3], v.shape[3]) > 128
-    most = 16 if exact else 32 if wide else 64
-    group = min(q.shape[2] // k.shape[2], largest_group(q, v))  # larger ones run in parts
-    heads = 1 << (group - 1).bit_length()
-    rows = 16 * heads
-    # 8 warps for no less than 128 rows: Triton 3.6 reads outside of shared memory for products [64, .] @ [., 16] by 8 warps.
-    warps = 8 if rows > 64 else 4
-    # The faster choice for the usual shape; the others were checked with the slower one only.
-    usual = q.dtype == torch.bfloat16 and q.shape[3] == v.shape[3] == 128 and g.shape[3] in (32, 64)
-    # 32 tokens of one or two query heads are at most 64 rows. Two heads with 32 slots: NaN under Triton 3.6 (check.py found it).
-    chunk = 32 if usual and rows <= 32 and (heads, g.shape[3]) != (2, 32) else 16
-    # The window's gradients have no state, so their tiles hold tokens as rows want it: at least 64 rows of queries, 32 beside the keys.
-    return Tiles(
-        chunk=chunk,
-        forward_slab=FORWARD_SLAB // chunk,
-        # Half of a short sequence: its states then take less memory than what full attention keeps (at most 4 % slower at T 8192).
-        backward_slab=max(BACKWARD_SLAB, min(FORWARD_SLAB, q.shape[1] // 2)) // chunk,
-        block=8 if exact else 16,
-        scan_slots=chunk,
-        scan_columns=128 if usual else 64,
-        scan_warps=chunk // 16,
-        slots=min(most, 1 << (g.shape[3] - 1).bit_length()),
-        window=min(32, most) if window > 16 or not usual else 16,
-        key_rows=min(most, 64 if window > 32 or not usual else 32 if window > 16 else 16),
-        query_chunk=max(64 // heads, 16) if usual else chunk,
-        key_chunk=32 // heads if usual else chunk,
-        forward_registers=168 if usual else None,
-        write_registers=168 if usual else None,
-        forward_warps=warps,
-        read_warps=warps,
-        query_warps=warps,
-        forward_stages=1 if usual else 2,
-        query_stages=1 if usual and heads > 1 else 2,
-        key_stages=3 if usual else 2,
-    )
-
-
-def refusal_of_device(x: Tensor, *, any_capability: bool = False) -> str | None:
-    """Why no kernel of this package runs where `x` is; None if they do. `any_capability`: from 8.0 on, for calls without slots."""
-    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
-    if not _HAS_TRITON:
-        return "the package triton is not installed"
-    if x.device.type != "cuda" and not interpreted:
-        return f"the kernels run on CUDA devices, the tensors are on {x.device.type}"
-    if x.device.type == "cuda" and torch.cuda.get_device_capability(x.device) not in _CHECKED_CAPABILITIES:
-        capability = "{}.{}".format(*torch.cuda.get_device_capability(x.device))
-        if any_capability and torch.cuda.get_device_capability(x.device) >= (8, 0):
-            return None
-        if any_capability:
-            return f"flash attention runs on compute capability 8.0 and newer, this device has {capability}"
-        return f"the kernels have been checked on compute capability 9.0 only, this device has {capability}"
-    return None
-
-
-def attends_by_library(q: Tensor, v: Tensor, window: int | None) -> bool:
-    """Whether a library attends to the window and our kernels to the slots alone (merged_attention.py); else our kernels attend to both."""
-    if window is None:
-        return True
-    return _refusal_of_flash(q, v) is None and library_pays(window_call(q, window, one_document=False))
-
-
-def refusal_of_sizes(dims: tuple[int, int], slots: int) -> str | None:
-    """Why no kernel of this package takes these K and V or this M; None if they do."""
-    if not set(dims) <= {64, 128, 256}:
-        return f"K and V must be 64, 128 or 256, given {dims}"
-    if slots % 16 or not 16 <= slots <= 256:
-        return f"M must be a multiple of 16 from 16 to 256, given {slots}"
-    return None
-
-
-def largest_group(q: Tensor, v: Tensor) -> int:
-    """Query heads of a KV head that the kernels take at a time; tiles of more exceed shared memory, or with 256 channels in float32 compile
-    for minutes. More run in parts."""
-    wide = max(q.shape[3], v.shape[3]) > 128
-    if q.dtype == torch.float32:
-        return 1 if wide else 4
-    return 4 if wide else 8
+_HAS_TRITON = importlib.util.find_spec("triton") is not None  # comes with the CUDA builds of torch
+_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 def refusal(q: Tensor, k: Tensor, v: Tensor, g: Tensor, window: int | None) -> str | None:
-    """Why the kernels do not serve a call; None if they do."""
+    """Why the `triton` backend does not serve attention or a continuation; None if it does."""
     return _refusal_of_full(q, v) if window is None else refusal_of_slots(q, k, v, g)
+
+
+def refusal_of_decode(q: Tensor, k: Tensor, v: Tensor, g: Tensor, memory: Memory) -> str | None:
+    """Why the kernels do not serve a decode step; None if they do. Any window, T from 1 to 8."""
+    if not isinstance(memory, DecodeMemory):
+        return "the memory is not from decode_memory, so its window is no ring"
+    tensors = [getattr(memory, field.name) for field in dataclasses.fields(memory) if field.name != "window"]
+    if not all(x.is_contiguous() for x in tensors):
+        return "a tensor of the memory is not contiguous"
+    if memory.window_keys.dtype != q.dtype or memory.window_values.dtype != q.dtype:
+        return f"the memory's window is {memory.window_keys.dtype}, the new tokens are {q.dtype}"
+    reason = refusal_of_slots(q, k, v, g)
+    if reason is not None:
+        return reason
+    group = q.shape[2] // k.shape[2]
+    if group > 8:
+        return f"at most 8 query heads share a KV head, given {group}"
+    return None
+
+
+def refusal_of_summary(k: Tensor, v: Tensor, g: Tensor) -> str | None:
+    """Why the kernels do not serve `slot_summary`; None if they do."""
+    reason = refusal_of_device(k)
+    if reason is not None:
+        return reason
+    if k.dtype != v.dtype or k.dtype not in _DTYPES or g.dtype != torch.float32:
+        return f"the kernels take bfloat16, float16 or float32 with log-gates in float32, not {k.dtype}, {v.dtype}, {g.dtype}"
+    reason = _refusal_of_sizes((k.shape[3], v.shape[3]), g.shape[3])
+    if reason is not None:
+        return reason
+    if k.shape[0] == 0 or k.shape[1] == 0:
+        return "there are no tokens"
+    return None
 
 
 def refusal_of_slots(q: Tensor, k: Tensor, v: Tensor, g: Tensor) -> str | None:
@@ -111,11 +63,36 @@ def refusal_of_slots(q: Tensor, k: Tensor, v: Tensor, g: Tensor) -> str | None:
     return refusal_of_device(q) or refusal_of_shape(q, k, v, g)
 
 
+def refusal_of_device(x: Tensor, *, any_capability: bool = False) -> str | None:
+    """Why no kernel of this package runs where `x` is; None if they do. `any_capability`: from 8.0 on, for calls without slots."""
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    if not _HAS_TRITON:
+        return "the package triton is not installed"
+    capability = capability_of(x.device)
+    if capability is None:
+        return None if interpreted else f"the kernels run on CUDA devices, the tensors are on {x.device.type}"
+    if checked_architecture(capability) is not None or (any_capability and capability >= (8, 0)):
+        return None
+    given = "{}.{}".format(*capability)
+    if any_capability:
+        return f"flash attention runs on compute capability 8.0 and newer, this device has {given}"
+    return f"the kernels have been checked on compute capability {checked_capabilities()} only, this device has {given}"
+
+
 def refusal_of_shape(q: Tensor, k: Tensor, v: Tensor, g: Tensor) -> str | None:
     """Why they do not on any device."""
-    if q.dtype not in (torch.bfloat16, torch.float16, torch.float32):
+    if q.dtype not in _DTYPES:
         return f"the kernels take bfloat16, float16 and float32, not {q.dtype}"
-    return refusal_of_sizes((q.shape[3], v.shape[3]), g.shape[3])
+    return _refusal_of_sizes((q.shape[3], v.shape[3]), g.shape[3])
+
+
+def _refusal_of_sizes(dims: tuple[int, int], slots: int) -> str | None:
+    """Why no kernel of this package takes these K and V or this M; None if they do."""
+    if not set(dims) <= {64, 128, 256}:
+        return f"K and V must be 64, 128 or 256, given {dims}"
+    if slots % 16 or not 16 <= slots <= 256:
+        return f"M must be a multiple of 16 from 16 to 256, given {slots}"
+    return None
 
 
 def _refusal_of_full(q: Tensor, v: Tensor) -> str | None:
@@ -131,6 +108,28 @@ def _refusal_of_flash(q: Tensor, v: Tensor) -> str | None:
     if dims[0] != dims[1] or dims[0] % 8 or dims[0] > 256:
         return f"full windows go through flash attention, which needs K = V, a multiple of 8 up to 256, given {dims}"
     return None
+
+
+def architecture_for(x: Tensor) -> Architecture:
+    """Of the device where `x` is."""
+    return architecture_of(capability_of(x.device))
+
+
+def choose_tiles(q: Tensor, k: Tensor, v: Tensor, g: Tensor, window: int) -> Tiles:
+    """Tiles of attention for a call that `refusal` lets pass."""
+    return architecture_for(q).attention_tiles(q, k, v, g, window)
+
+
+def largest_group(q: Tensor, v: Tensor) -> int:
+    """Query heads of a KV head that the attention kernels take at a time. More run in parts."""
+    return architecture_for(q).largest_group(q, v)
+
+
+def attends_by_library(q: Tensor, v: Tensor, window: int | None) -> bool:
+    """Whether a library attends to the window and our kernels to the slots alone (attention/beside_library.py), or ours to both."""
+    if window is None:
+        return True
+    return _refusal_of_flash(q, v) is None and library_pays(window_call(q, window, one_document=False))
 
 
 def explain_dispatch(
@@ -161,3 +160,9 @@ def explain_dispatch(
     parts = f", {-(-group // most)} parts of the {group} query heads to a KV head" if group > most else ""
     tiles = choose_tiles(q, k, v, g, 0 if window is None else window)
     return f"triton: {library}, slots fused{parts}, {tiles}" if library else f"triton: fused{parts}, {tiles}"
+
+
+def explain_decode_dispatch(q: Tensor, k: Tensor, v: Tensor, g: Tensor, memory: Memory) -> str:
+    """What `nha_decode_step(q, k, v, g, memory, backend="auto")` runs, and why: one line."""
+    reason = refusal_of_decode(q, k, v, g, memory)
+    return "triton: fused decode kernels" if reason is None else f"nha_attention: {reason}"

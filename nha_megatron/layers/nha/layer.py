@@ -24,7 +24,7 @@ from megatron.core.transformer.spec_utils import ModuleSpec, build_module
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from nha_kernels import attention_statistics, nha_attention
+from nha_kernels import AttentionOptions, attention_statistics, hybrid_attention
 from nha_megatron.layers.documents import Documents
 from nha_megatron.layers.nha.config import NHAOptions
 from nha_megatron.layers.nha.context_parallel.exchange import context_parallel_attention, context_parallel_statistics
@@ -76,8 +76,7 @@ class NativeHybridAttention(MegatronModule):
         self.cp_group = pg_collection.cp
         self.tp_group = pg_collection.tp  # MegatronModule.sharded_state_dict looks for it under this name
         # Not a buffer: a bfloat16 model would round the frequencies with the weights.
-        self._rope = rope
-        self._rope_attention_factor = rope_attention_factor
+        self._attention_options = AttentionOptions(options.window, rope, rope_attention_factor, empty_slots=options.empty_slots)
 
         num_heads, num_kv_heads = config.num_attention_heads, config.num_query_groups
         tp_size = self.tp_group.size()
@@ -176,7 +175,7 @@ class NativeHybridAttention(MegatronModule):
 
     def _operator(self, q: Tensor, k: Tensor, v: Tensor, g: Tensor, documents: Documents | None) -> Tensor:
         over_ranks = context_parallel_attention if self.options.window is not None else full_attention_over_ranks
-        return self._call(nha_attention, over_ranks, q, k, v, g, documents)
+        return self._call(hybrid_attention, over_ranks, q, k, v, g, documents)
 
     @torch.no_grad()
     def _measure(self, q: Tensor, k: Tensor, v: Tensor, g: Tensor, documents: Documents | None) -> dict[str, Tensor]:
@@ -185,22 +184,15 @@ class NativeHybridAttention(MegatronModule):
 
     def _call(self, on_one_rank: Any, over_ranks: Any, q: Tensor, k: Tensor, v: Tensor, g: Tensor, documents: Documents | None) -> Any:
         """One of two functions that compute the same: on whole rows, or on the shards of the context-parallel ranks."""
-        if self._rope.device != q.device:
-            self._rope = self._rope.to(q.device)
-        options: dict[str, Any] = {
-            "rope": self._rope,
-            "rope_attention_factor": self._rope_attention_factor,
-            "empty_slots": self.options.empty_slots,
-        }
+        options = self._attention_options = self._attention_options.to(q.device)
         if self.cp_group.size() > 1:
-            options |= {"exchange": self.exchange} if self.options.window is None else {"window": self.options.window}
+            exchange = {"exchange": self.exchange} if options.window is None else {}
             boundaries = None if documents is None else documents.boundaries
-            return over_ranks(q, k, v, g, group=self.cp_group, cu_seqlens=boundaries, **options)
-        options["window"] = self.options.window
+            return over_ranks(q, k, v, g, options, group=self.cp_group, cu_seqlens=boundaries, **exchange)
         if documents is None:
-            return on_one_rank(q, k, v, g, **options)
+            return on_one_rank(q, k, v, g, options)
         rows = (x.reshape(1, -1, *x.shape[2:]) for x in (q, k, v, g))  # documents of all rows lie one after another
-        return on_one_rank(*rows, cu_seqlens=documents.cu_seqlens, **options)
+        return on_one_rank(*rows, options, cu_seqlens=documents.cu_seqlens)
 
 
 def attention_spec(options: NHAOptions, **arguments: Any) -> ModuleSpec:

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional as F
 
-from nha_kernels import nha_attention
+from nha_kernels import AttentionOptions, nha_attention
 from nha_megatron.layers.nha.context_parallel.exchange import context_parallel_attention
 
 
@@ -116,7 +116,8 @@ def on_this_rank(cases: list[Case], operator: str) -> list[Results]:
     for case in cases:
         inputs, d_out = case.sequence()
         inputs = [x.chunk(group.size(), dim=1)[group.rank()].contiguous().requires_grad_() for x in inputs]
-        out = context_parallel_attention(*inputs, group=group, cu_seqlens=case.cu_seqlens, backend=operator, **case.options)
+        options = AttentionOptions(**case.options)
+        out = context_parallel_attention(*inputs, options, group=group, cu_seqlens=case.cu_seqlens, backend=operator)
         results.append(results_of(out, torch.autograd.grad(out, inputs, d_out.chunk(group.size(), dim=1)[group.rank()])))
     return results
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from nha_kernels import AttentionOptions
 from nha_megatron.config import ConfigError, ModelConfig
 from nha_megatron.layers.kind import RankShape
 from nha_megatron.layers.nha.context_parallel import messages
@@ -158,7 +159,7 @@ def gradients_of_shared_inputs(case: Case) -> dict[str, torch.Tensor]:
     q, source, g = (x.chunk(group.size(), dim=1)[group.rank()].requires_grad_() for x in (q, k, g))
     k, seen = source * 1.0, []
     k.register_hook(lambda gradient: seen.append((gradient, gradient.clone())))
-    out = context_parallel_attention(q, k, k[..., :8], g, group=group, **case.options)
+    out = context_parallel_attention(q, k, k[..., :8], g, AttentionOptions(**case.options), group=group)
     loss = (out * d_out.chunk(group.size(), dim=1)[group.rank()]).sum() + k.square().sum()
     first = torch.autograd.grad(loss, (q, source, g), retain_graph=True)
     second = torch.autograd.grad(loss, (q, source, g))
@@ -179,7 +180,7 @@ def statistics_of_this_rank(case: Case) -> dict[str, torch.Tensor]:
     group = dist.group.WORLD
     assert group is not None
     tensors = (x.chunk(group.size(), dim=1)[group.rank()] for x in case.sequence()[0])
-    return context_parallel_statistics(*tensors, group=group, cu_seqlens=case.cu_seqlens, **case.options)
+    return context_parallel_statistics(*tensors, AttentionOptions(**case.options), group=group, cu_seqlens=case.cu_seqlens)
 
 
 @pytest.mark.parametrize("cu_seqlens", [None, (0, 7, 15)])
@@ -227,9 +228,8 @@ def record_collectives(case: Case, layers: int) -> tuple[list[str], list[int]]:
         assert group is not None
         q, k, v, g = (x.chunk(group.size(), dim=1)[group.rank()].requires_grad_() for x in case.sequence()[0])
         for _ in range(layers):
-            q = torch.nn.functional.pad(
-                context_parallel_attention(q, k, v, g, group=group, cu_seqlens=case.cu_seqlens, **case.options), (0, 4)
-            )
+            out = context_parallel_attention(q, k, v, g, AttentionOptions(**case.options), group=group, cu_seqlens=case.cu_seqlens)
+            q = torch.nn.functional.pad(out, (0, 4))
         # A rank whose tokens all carry no loss must still take part.
         (q.sum() * float(group.rank() == group.size() - 1)).backward()
     finally:
@@ -284,12 +284,12 @@ def test_the_halo_arrives_bit_for_bit_gates_in_float32(ranks: RankPool, window: 
         assert memory.length.tolist() == [rank * SHARD] * 2
 
 
-def attend_on_this_rank(**options: Any) -> str:
+def attend_on_this_rank(window: int, cu_seqlens: tuple[int, ...]) -> str:
     group = dist.group.WORLD
     assert group is not None
     q, k, v, g = Case(1, SHARD, 3).sequence()[0]
     try:
-        context_parallel_attention(q, k, v, g, group=group, **options)
+        context_parallel_attention(q, k, v, g, AttentionOptions(window), group=group, cu_seqlens=cu_seqlens)
     except ValueError as error:
         return f"{type(error).__name__}: {error}"
     return "accepted"

@@ -171,7 +171,8 @@ def record_collectives(case: Case, exchange: str) -> tuple[list[str], list[int]]
         group, inputs, _, options = shard_of(case)
         q, k, v, g = (x.requires_grad_() for x in inputs)
         for _ in range(2):
-            q = torch.nn.functional.pad(full_attention_over_ranks(q, k, v, g, group=group, exchange=exchange, **options), (0, 4))
+            out = full_attention_over_ranks(q, k, v, g, options, group=group, exchange=exchange, cu_seqlens=case.cu_seqlens)
+            q = torch.nn.functional.pad(out, (0, 4))
         # A rank whose tokens all carry no loss must still take part.
         (q.sum() * float(group.rank() == 0)).backward()
     finally:
@@ -203,7 +204,7 @@ def test_bytes_sent_are_those_of_the_cost_arithmetic(ranks: RankPool, kv_heads: 
 def refusal_on_this_rank(exchange: str, **changes: Any) -> str:
     group, inputs, _, options = shard_of(full(2, kv_heads=1, group_size=3))
     try:
-        full_attention_over_ranks(*inputs, group=group, exchange=exchange, **(options | changes))
+        full_attention_over_ranks(*inputs, options, group=group, exchange=exchange, **changes)
     except ValueError as error:
         return f"{type(error).__name__}: {error}"
     return "accepted"

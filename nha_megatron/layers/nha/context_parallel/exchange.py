@@ -25,8 +25,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from nha_kernels import ContinuedTokens, attention_statistics, continue_attention, nha_attention
-from nha_kernels.conventions import EmptySlots
+from nha_kernels import AttentionOptions, ContinuedTokens, attention_statistics, continue_attention, hybrid_attention
 from nha_kernels.slot_summary import add_summary_gradients, summarise_slots
 from nha_megatron.layers.boundaries import boundaries_on, documents_of_rows
 
@@ -40,26 +39,22 @@ def context_parallel_attention(
     k: Tensor,
     v: Tensor,
     g: Tensor,
+    options: AttentionOptions,
     *,
-    window: int,
     group: dist.ProcessGroup,
-    rope: Tensor | None = None,
-    rope_attention_factor: float = 1.0,
-    scale: float | None = None,
-    empty_slots: EmptySlots = "attend",
     cu_seqlens: Sequence[int] | Tensor | None = None,
     backend: str = "auto",
 ) -> Tensor:
-    """`nha_attention` over a sequence whose rank r of `group` holds the tokens [r L, (r + 1) L).
+    """`hybrid_attention` over a sequence whose rank r of `group` holds the tokens [r L, (r + 1) L).
 
     Args:
         q, k, v, g: this rank's shard [B, L, ...], as `nha_attention` takes them; L is the same on every rank.
-        window: W >= 0. Full attention has its own exchange: `full_attention_over_ranks`.
+        options: with a window W >= 0. Full attention has its own exchange: `full_attention_over_ranks`.
         group: the context-parallel ranks in token order.
         cu_seqlens: document boundaries over the B rows of R L tokens laid end to end, the same on every rank; row edges are boundaries.
             Integers or a CPU tensor: they decide what is sent, and the host must not wait for a device. Rows with documents are exchanged
             one after another, each with its own plan.
-        rope, rope_attention_factor, scale, empty_slots, backend: as `nha_attention`.
+        backend: as `nha_attention`.
 
     Returns:
         Output of the shard [B, L, HQ, V]. The backward gives exact gradients to every rank's q, k, v and g; all ranks must run it.
@@ -67,20 +62,13 @@ def context_parallel_attention(
     Raises:
         ConfigError: what the plan refuses. ValueError: what `nha_attention` refuses, or cu_seqlens on an accelerator.
     """
-    options: dict[str, Any] = {
-        "rope": rope,
-        "rope_attention_factor": rope_attention_factor,
-        "scale": scale,
-        "empty_slots": empty_slots,
-        "backend": backend,
-    }
     outputs = []
-    for row, plan, documents in _rows(q, k, v, g, window, group, cu_seqlens):
+    for row, plan, documents in _rows(q, k, v, g, options, group, cu_seqlens):
         if plan is None:
-            outputs.append(nha_attention(*row, window=window, cu_seqlens=documents, **options))
+            outputs.append(hybrid_attention(*row, options, cu_seqlens=documents, backend=backend))
         else:
             row_q, tokens = fetch_memory(*row, plan=plan, group=group)
-            outputs.append(continue_attention(row_q, tokens, cu_seqlens=documents, **options))
+            outputs.append(continue_attention(row_q, tokens, options, cu_seqlens=documents, backend=backend))
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
 
@@ -90,25 +78,31 @@ def context_parallel_statistics(
     k: Tensor,
     v: Tensor,
     g: Tensor,
+    options: AttentionOptions,
     *,
-    window: int,
     group: dist.ProcessGroup,
     cu_seqlens: Sequence[int] | Tensor | None = None,
-    **options: Any,
 ) -> dict[str, Tensor]:
     """`attention_statistics` of this rank's shard, arguments as `context_parallel_attention`. All ranks must call it."""
     of_rows = []
-    for row, plan, documents in _rows(q, k, v, g, window, group, cu_seqlens):
+    for row, plan, documents in _rows(q, k, v, g, options, group, cu_seqlens):
         memory = None if plan is None else fetch_memory(*row, plan=plan, group=group)[1].apart()[-1]
-        of_rows.append(attention_statistics(*row, window=window, cu_seqlens=documents, memory=memory, **options))
+        of_rows.append(attention_statistics(*row, options, cu_seqlens=documents, memory=memory))
     return {name: torch.stack([of_row[name] for of_row in of_rows]).mean() for name in of_rows[0]}
 
 
 def _rows(
-    q: Tensor, k: Tensor, v: Tensor, g: Tensor, window: int, group: dist.ProcessGroup, cu_seqlens: Sequence[int] | Tensor | None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    options: AttentionOptions,
+    group: dist.ProcessGroup,
+    cu_seqlens: Sequence[int] | Tensor | None,
 ) -> Iterator[tuple[tuple[Tensor, Tensor, Tensor, Tensor], ContextParallelPlan | None, Tensor | None]]:
     """(q, k, v, g), their plan (None on a single rank) and documents: the whole batch at once, or row by row where rows have documents."""
-    size, tokens = group.size(), q.shape[1]
+    assert options.window is not None, "full attention has its own exchange"
+    size, tokens, window = group.size(), q.shape[1], options.window
     documents: Sequence[tuple[int, ...] | None] = [None]
     if cu_seqlens is not None:
         documents = documents_of_rows(cu_seqlens, q.shape[0], size * tokens)

@@ -9,14 +9,13 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from nha_kernels import Memory, attention_statistics, clamp_log_gates, nha_attention
-from nha_kernels.conventions import EmptySlots, write_strength
+from nha_kernels import AttentionOptions, Memory, attention_statistics, clamp_log_gates, hybrid_attention
+from nha_kernels.conventions import write_strength
 from nha_megatron.layers.boundaries import boundaries_on, documents_of_rows
 
 from .cost import Exchange
@@ -33,17 +32,14 @@ def full_attention_over_ranks(
     k: Tensor,
     v: Tensor,
     g: Tensor,
+    options: AttentionOptions,
     *,
     group: dist.ProcessGroup,
     exchange: Exchange,
-    rope: Tensor | None = None,
-    rope_attention_factor: float = 1.0,
-    scale: float | None = None,
-    empty_slots: EmptySlots = "attend",
     cu_seqlens: Sequence[int] | Tensor | None = None,
     backend: str = "auto",
 ) -> Tensor:
-    """`nha_attention` with `window=None` over a sequence whose rank r of `group` holds the tokens [r L, (r + 1) L).
+    """`hybrid_attention` with `options.window` None over a sequence whose rank r of `group` holds the tokens [r L, (r + 1) L).
 
     Args:
         q, k, v, g: this rank's shard [B, L, ...], as `nha_attention` takes them; L is the same on every rank. Of g only the number of
@@ -52,7 +48,7 @@ def full_attention_over_ranks(
         exchange: `a2a` (query heads must divide by the ranks; KV heads are repeated where they do not) or `all_gather`.
         cu_seqlens: document boundaries over the B rows of R L tokens laid end to end, on the host, the same on every rank; row edges are
             boundaries.
-        rope, rope_attention_factor, scale, empty_slots, backend: as `nha_attention`.
+        backend: as `nha_attention`.
 
     Returns:
         Output of the shard [B, L, HQ, V]. The backward gives exact gradients to every rank's q, k and v; all ranks must run it.
@@ -60,19 +56,11 @@ def full_attention_over_ranks(
     Raises:
         ConfigError: cu_seqlens that do not fit. ValueError: heads that do not divide, and what `nha_attention` refuses.
     """
-    options: dict[str, Any] = {
-        "window": None,
-        "rope": rope,
-        "rope_attention_factor": rope_attention_factor,
-        "scale": scale,
-        "empty_slots": empty_slots,
-        "backend": backend,
-    }
 
     def attend(q: Tensor, k: Tensor, v: Tensor, g: Tensor, cu_seqlens: Tensor | None, memory: Memory | None) -> Tensor:
-        return nha_attention(q, k, v, g, cu_seqlens=cu_seqlens, memory=memory, **options)
+        return hybrid_attention(q, k, v, g, options, cu_seqlens=cu_seqlens, memory=memory, backend=backend)
 
-    return _over_ranks(attend, q, k, v, g, group, exchange, cu_seqlens, empty_slots)
+    return _over_ranks(attend, q, k, v, g, options, group, exchange, cu_seqlens)
 
 
 @torch.no_grad()
@@ -81,23 +69,22 @@ def full_attention_statistics(
     k: Tensor,
     v: Tensor,
     g: Tensor,
+    options: AttentionOptions,
     *,
     group: dist.ProcessGroup,
     exchange: Exchange,
     cu_seqlens: Sequence[int] | Tensor | None = None,
-    empty_slots: EmptySlots = "attend",
-    **options: Any,
 ) -> dict[str, Tensor]:
     """`attention_statistics`, arguments as `full_attention_over_ranks`: means over equally many tokens and heads on every rank."""
 
     def share(q: Tensor, k: Tensor, v: Tensor, g: Tensor, cu_seqlens: Tensor | None, memory: Memory | None) -> Tensor:
         if q.shape[1] == 0:
             return g.new_zeros(*q.shape[:3], 1)
-        given = attention_statistics(q, k, v, g, window=None, cu_seqlens=cu_seqlens, memory=memory, empty_slots=empty_slots, **options)
+        given = attention_statistics(q, k, v, g, options, cu_seqlens=cu_seqlens, memory=memory)
         return given["slot_share"].expand(*q.shape[:3], 1)
 
     strength = write_strength(clamp_log_gates(g)).mean()
-    slot_share = _over_ranks(share, q, k, v, g, group, exchange, cu_seqlens, empty_slots).mean()
+    slot_share = _over_ranks(share, q, k, v, g, options, group, exchange, cu_seqlens).mean()
     return {"slot_share": slot_share, "mean_decay": 1 - strength, "write_strength": strength}
 
 
@@ -107,14 +94,15 @@ def _over_ranks(
     k: Tensor,
     v: Tensor,
     g: Tensor,
+    options: AttentionOptions,
     group: dist.ProcessGroup,
     exchange: Exchange,
     cu_seqlens: Sequence[int] | Tensor | None,
-    empty_slots: EmptySlots,
 ) -> Tensor:
+    assert options.window is None, "windows have an exchange of their own"
     documents = None if cu_seqlens is None else documents_of_rows(cu_seqlens, q.shape[0], group.size() * q.shape[1])
     # Nothing is written, so the operator needs gates for their shape alone; only `attend` sees how many slots are empty.
-    slots = g.shape[-1] if empty_slots == "attend" else 1
+    slots = g.shape[-1] if options.empty_slots == "attend" else 1
     if exchange == "a2a":
         if q.shape[2] % group.size():
             raise ValueError(f"{q.shape[2]} query heads do not divide over {group.size()} ranks: use exchange='all_gather'")
