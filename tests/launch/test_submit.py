@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 import yaml
 
+from nha_megatron.cluster.job import time_seconds
+from nha_megatron.cluster.site import load_site
 from nha_megatron.config import ConfigError, load_config
-from nha_megatron.launch.job import time_seconds
-from nha_megatron.launch.site import load_site
 from tests.launch.slurm_cluster import ROOT, SUBMIT, submit_environment
 from tests.training import small_run
 
