@@ -28,7 +28,12 @@ def freeze(config: RunConfig, folder: Path) -> None:
     try:
         folder.mkdir(parents=True)
         for package, place in PACKAGES.items():
-            shutil.copytree(package_folder(package), code / place, ignore=shutil.ignore_patterns("__pycache__", "*.pyc"))
+            shutil.copytree(
+                package_folder(package),
+                code / place,
+                ignore=shutil.ignore_patterns("__pycache__", "*.pyc"),
+                ignore_dangling_symlinks=True,  # configs, where a package was copied without its checkout
+            )
         (code / REVISION).write_text(revision() + "\n")
         save_resolved(config, folder / CONFIG)
     except OSError as error:
