@@ -121,7 +121,9 @@ def _read_file(value: object) -> object:
     try:
         content = json.loads(Path(value).read_text(encoding="utf-8"))
     except OSError as error:
-        raise ValueError(f"{value!r} cannot be read: {error.strerror}; give a JSON file such as `nha-megatron example zero1` prints") from None
+        raise ValueError(
+            f"{value!r} cannot be read: {error.strerror}; give a JSON file such as `nha-megatron example zero1` prints"
+        ) from None
     except ValueError as error:
         raise ValueError(f"{value!r} is not JSON: {error}; write it like what `nha-megatron example zero1` prints") from None
     if not isinstance(content, dict):
