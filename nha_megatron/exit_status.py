@@ -1,4 +1,4 @@
-"""Exit statuses of `python -m nha_megatron`, and how they pass launchers that swallow them.
+"""Exit statuses of `nha-megatron`, and how they pass launchers that swallow them.
 
     0    complete
     1    failed: a rank that stopped moving, the machine; `verify`: a checkpoint is damaged
@@ -8,8 +8,8 @@
     75   stopped on request and saved (a signal; sysexits.h calls it EX_TEMPFAIL): start the same command again to continue
 
 torchrun restarts all ranks when one exits with anything but 0, and returns 1 for every failure; DeepSpeed's launcher returns 0
-when a rank was killed. So launch/*.sh name a file in NHA_EXIT_NOTE, a process that ended as all ranks agreed to (0, 3, 75, the verdict
-of a health check) writes its status there and exits with 0, and the script returns what the file says.
+when a rank was killed. So the scripts of cluster/ name a file in NHA_EXIT_NOTE, a process that ended as all ranks agreed to (0, 3, 75, the
+verdict of a health check) writes its status there and exits with 0, and the script returns what the file says.
 """
 
 import os

@@ -38,9 +38,9 @@ from torch.nn import functional as F
 
 from nha_kernels import AttentionOptions, hybrid_attention
 from nha_megatron.checkpoint.files import write_atomically
+from nha_megatron.cluster.versions import measurement_facts
 from nha_megatron.config import ConfigError, ModelConfig, parse_windows
 from nha_megatron.engine.device import backend_for, choose_device
-from nha_megatron.launch.versions import measurement_facts
 from nha_megatron.layers.kind import RankShape
 from nha_megatron.layers.nha.context_parallel.cost import context_parallel_bytes
 from nha_megatron.layers.nha.context_parallel.exchange import context_parallel_attention

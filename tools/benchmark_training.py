@@ -41,6 +41,7 @@ import torch
 import torch.distributed as dist
 
 from nha_megatron.checkpoint.files import write_atomically
+from nha_megatron.cluster.versions import measurement_facts
 from nha_megatron.config import ConfigError, RunConfig, load_config
 from nha_megatron.config.load import with_overrides
 from nha_megatron.data import Batch
@@ -50,7 +51,6 @@ from nha_megatron.estimate.counts import flops_per_token, num_parameters
 from nha_megatron.estimate.memory import estimate_memory
 from nha_megatron.estimate.traffic import bytes_sent_per_layer
 from nha_megatron.known_warnings import silence_known_warnings
-from nha_megatron.launch.versions import measurement_facts
 from nha_megatron.training.hardware import device_peak_flops, memory_high_water
 
 if TYPE_CHECKING:

@@ -22,6 +22,7 @@ from nha_megatron.config import ConfigError, RunConfig, load_config
 from nha_megatron.known_warnings import silence_known_warnings
 
 CORPUS = Path("data/quickstart/corpus.jsonl")
+NHA = ("-m", "nha_megatron")  # where it is installed, also the command `nha-megatron`
 
 
 def main() -> int:
@@ -40,8 +41,8 @@ def main() -> int:
     directory = Path(config.logging.directory)
     report_losses(config, directory)
     export = directory / "huggingface"
-    run("tools/convert_checkpoint.py", "to-hf", str(directory), str(export), "--overwrite")
-    run("tools/generate.py", str(export), "--prompt", "In the beginning", "--tokens", "120")
+    run(*NHA, "export", str(directory), str(export), "--overwrite")
+    run(*NHA, "generate", str(export), "--prompt", "In the beginning", "--tokens", "120")
     print(f"\nquickstart finished in {(time.monotonic() - began) / 60:.1f} minutes. Run's folder: {directory}", flush=True)
     return 0
 
@@ -69,16 +70,16 @@ def prepare_data(config: RunConfig) -> None:
     assert isinstance(config.data.path, str) and config.data.tokenizer is not None
     run("tools/find_corpus.py", "--output", str(CORPUS))
     vocabulary = ("--vocab-size", str(config.model.vocab_size))
-    run("tools/train_tokenizer.py", "--input", str(CORPUS), *vocabulary, "--output", config.data.tokenizer)
+    run(*NHA, "train-tokenizer", "--input", str(CORPUS), *vocabulary, "--output", config.data.tokenizer)
     options = ("--tokenizer", config.data.tokenizer, "--validation-fraction", "0.05")
-    run("tools/prepare_data.py", "--input", str(CORPUS), *options, "--output", config.data.path)
+    run(*NHA, "prepare", "--input", str(CORPUS), *options, "--output", config.data.path)
 
 
 def train_with_one_interruption(path: str, overrides: list[str], config: RunConfig) -> None:
     """Kill the run without warning once it has a checkpoint, then start the same command again: it resumes."""
     processes = number_of_processes()
     launcher = ("-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}")
-    command = [*launcher, "-m", "nha_megatron", "pretrain", path, *overrides]
+    command = [*launcher, *NHA, "pretrain", path, *overrides]
     environment = os.environ | {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))}
     half_way = config.training.steps // config.checkpoint.every // 2 * config.checkpoint.every
     checkpoint = config.checkpoint_directory / f"step_{half_way}"

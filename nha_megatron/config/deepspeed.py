@@ -121,11 +121,13 @@ def _read_file(value: object) -> object:
     try:
         content = json.loads(Path(value).read_text(encoding="utf-8"))
     except OSError as error:
-        raise ValueError(f"{value!r} cannot be read: {error.strerror}; give a JSON file such as configs/deepspeed/zero1.json") from None
+        raise ValueError(
+            f"{value!r} cannot be read: {error.strerror}; give a JSON file such as `nha-megatron example zero1` prints"
+        ) from None
     except ValueError as error:
-        raise ValueError(f"{value!r} is not JSON: {error}; write it like configs/deepspeed/zero1.json") from None
+        raise ValueError(f"{value!r} is not JSON: {error}; write it like what `nha-megatron example zero1` prints") from None
     if not isinstance(content, dict):
-        raise ValueError(f"{value!r} holds no JSON object; it must be like configs/deepspeed/zero1.json")
+        raise ValueError(f"{value!r} holds no JSON object; it must be like what `nha-megatron example zero1` prints")
     return content
 
 

@@ -23,7 +23,7 @@ def missing_inputs(config: RunConfig) -> list[str]:
             if absent:
                 missing.append(
                     f"{key} {entry.path!r}: no file {', '.join(entry.path + suffix for suffix in absent)}; "
-                    f"make it with tools/prepare_data.py, or {'correct' if 'stages' in key else 'override'} {key}"
+                    f"make it with `nha-megatron prepare`, or {'correct' if 'stages' in key else 'override'} {key}"
                 )
     directories = {"data.tokenizer": config.data.tokenizer, "model.init_from": config.model.init_from}
     for key, directory in directories.items():

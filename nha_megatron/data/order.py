@@ -120,7 +120,7 @@ def open_samples(
     entries = data.training_blend if split == "train" else data.validation_blend
     if not entries:
         field = "data.path" if split == "train" else "data.validation"
-        raise ConfigError(f"{field} names no token files. Give the prefix of files made by tools/prepare_data.py.")
+        raise ConfigError(f"{field} names no token files. Give the prefix of files made by `nha-megatron prepare`.")
     files = [TokenFile(entry.path) for entry in entries]
     expected_hash = None if data.tokenizer is None else tokenizer_sha256(data.tokenizer)
     for tokens in files:

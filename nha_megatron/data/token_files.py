@@ -61,7 +61,7 @@ class Manifest:
         if not path.exists():
             raise ConfigError(
                 f"token files {str(path.with_suffix(''))!r}: there is no manifest {path.name}. "
-                "Give the prefix of files made by tools/prepare_data.py, without .bin or .idx."
+                "Give the prefix of files made by `nha-megatron prepare`, without .bin or .idx."
             )
         try:
             fields = json.loads(path.read_text())
@@ -69,14 +69,14 @@ class Manifest:
             if version != FORMAT_VERSION:
                 raise ConfigError(
                     f"token files: {path} has format version {version}, this program reads {FORMAT_VERSION}. "
-                    "Prepare the data again with tools/prepare_data.py."
+                    "Prepare the data again with `nha-megatron prepare`."
                 )
             manifest = cls(**{**fields, "bin": FileRecord(**fields["bin"]), "idx": FileRecord(**fields["idx"])})
         except (ValueError, KeyError, TypeError) as error:
             if isinstance(error, ConfigError):
                 raise
             raise ConfigError(
-                f"token files: the manifest {path} cannot be read ({error}). Prepare the data again with tools/prepare_data.py."
+                f"token files: the manifest {path} cannot be read ({error}). Prepare the data again with `nha-megatron prepare`."
             ) from error
         return manifest
 

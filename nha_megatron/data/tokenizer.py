@@ -22,7 +22,7 @@ def _tokenizer_json(directory: str | Path) -> Path:
     path = Path(directory) / "tokenizer.json"
     if not path.is_file():
         raise ConfigError(
-            f"tokenizer {str(directory)!r}: there is no file {path}. Give a directory made by tools/train_tokenizer.py, or by "
+            f"tokenizer {str(directory)!r}: there is no file {path}. Give a directory made by `nha-megatron train-tokenizer`, or by "
             "save_pretrained of a Hugging Face tokenizer."
         )
     return path

@@ -1,4 +1,4 @@
-"""`python -m nha_megatron verify DIR`: one line a checkpoint, and an exit status."""
+"""`nha-megatron verify DIR`: one line a checkpoint, and an exit status."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from nha_megatron.__main__ import main
+from nha_megatron.cli.main import main
 
 
 def verify(path: Path, capsys: pytest.CaptureFixture[str]) -> tuple[int, list[str]]:

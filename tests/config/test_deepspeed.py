@@ -83,7 +83,7 @@ def test_what_a_file_switches_off_is_no_reason_to_refuse_it():
     assert run(training={"engine": "deepspeed", "deepspeed": off}) == run(training={"engine": "deepspeed", "deepspeed": zero()})
 
 
-@pytest.mark.parametrize(("content", "part"), [("{", "is not JSON: .*; write it like configs"), ("[]", "holds no JSON object")])
+@pytest.mark.parametrize(("content", "part"), [("{", "is not JSON: .*; write it like what"), ("[]", "holds no JSON object")])
 def test_a_file_that_is_no_configuration_is_refused(tmp_path, content, part):
     path = tmp_path / "zero.json"
     path.write_text(content)

@@ -74,7 +74,7 @@ def test_offsets_beyond_32_bits(tmp_path: Path) -> None:
 
 
 def test_missing_files(prefix: Path, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"no manifest nowhere\.json.*prepare_data"):
+    with pytest.raises(ConfigError, match=r"no manifest nowhere\.json.*nha-megatron prepare"):
         TokenFile(tmp_path / "nowhere")
     Path(f"{prefix}.idx").unlink()
     with pytest.raises(ConfigError, match=r"corpus\.v1\.idx is missing"):

@@ -56,6 +56,14 @@ class SlurmCluster:
         assert match and log, done.stdout
         return Job(match[1], Path(log[1]), done.stdout)
 
+    def batch(self, folder: Path, *arguments: str) -> Job:
+        """Hands launch/slurm/train.sbatch to sbatch, as a user in the checkout would; the log is folder/log."""
+        log = folder / "log"
+        command = ["sbatch", "--parsable", f"--output={log}", *arguments]
+        done = subprocess.run(command, cwd=ROOT, env=submit_environment(SLURM_CONF=str(self.conf)), capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        return Job(done.stdout.strip(), log, "")
+
     def show(self, job: str) -> dict[str, str]:
         """The job as slurmctld sees it."""
         pairs = (item.partition("=") for item in self.run("scontrol", "show", "job", job, "-o").split())

@@ -11,8 +11,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from nha_megatron.launch import health
-from nha_megatron.launch.health_report import RankReport, judge, table
+from nha_megatron.cluster import health
+from nha_megatron.cluster.health_report import RankReport, judge, table
 from tests.launch.slurm_cluster import PATIENCE_S, ROOT, submit_environment
 from tests.launch.test_torchrun import write_run
 from tests.training import small_run

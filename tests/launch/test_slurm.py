@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from tests.distributed import RankPool
-from tests.launch.slurm_cluster import Job, SlurmCluster
+from tests.launch.slurm_cluster import ROOT, Job, SlurmCluster
 from tests.optional import needs_deepspeed
 from tests.training import small_run
 
@@ -77,6 +77,15 @@ def test_health_check_then_training_by_the_frozen_code(cluster: SlurmCluster, tm
     assert len(metrics.read_text().splitlines()) == 2
     code = job.log.parent / "code"
     assert f"code {code}" in said and (code / "REVISION").read_text().strip()
+
+
+@pytest.mark.slow
+def test_the_batch_script_without_the_submit_helper(cluster: SlurmCluster, tmp_path: Path) -> None:
+    metrics = write_run(tmp_path, training={"steps": 2})
+    job = cluster.batch(tmp_path, "--nodes=2", "--time=20", "launch/slurm/train.sbatch", str(tmp_path / "run.yaml"))
+    assert cluster.wait_for_end(job) == "COMPLETED", log_of(job)
+    assert f"torchrun, code {ROOT}" in log_of(job) and "all-reduce over 2 ranks: right" in log_of(job)
+    assert len(metrics.read_text().splitlines()) == 2
 
 
 @pytest.mark.slow

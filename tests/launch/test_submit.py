@@ -12,13 +12,14 @@ from typing import Any
 import pytest
 import yaml
 
+from nha_megatron.cluster.job import time_seconds
+from nha_megatron.cluster.site import load_site
 from nha_megatron.config import ConfigError, load_config
-from nha_megatron.launch.job import time_seconds
-from nha_megatron.launch.site import load_site
 from tests.launch.slurm_cluster import ROOT, SUBMIT, submit_environment
 from tests.training import small_run
 
-SITES = sorted((ROOT / "launch" / "slurm" / "sites").glob("*.yaml"))
+SCRIPTS = "nha_megatron/cluster/scripts"
+SITES = sorted((ROOT / "nha_megatron" / "cluster" / "sites").glob("*.yaml"))
 FAKE_SBATCH = """#!/usr/bin/env bash
 echo "$*" >> {log}
 echo $((100 + $(wc -l < {log})))
@@ -70,10 +71,10 @@ def test_what_is_submitted_is_frozen(folder: Path, sbatch: Path) -> None:
     assert done.returncode == 0, done.stderr
     (snapshot,) = (folder / "run" / "submissions").iterdir()
     assert load_config(snapshot / "config.yaml") == load_config(folder / "run.yaml", ["optimizer.lr=0.02"])
-    for part in ("nha_megatron/__main__.py", "kernels/nha_kernels/operator.py", "launch/torchrun.sh", "launch/slurm/train.sbatch"):
+    for part in ("nha_megatron/__main__.py", "kernels/nha_kernels/operator.py", f"{SCRIPTS}/torchrun.sh", f"{SCRIPTS}/job_body.sh"):
         assert (snapshot / "code" / part).read_bytes() == (ROOT / part).read_bytes()
     script = (snapshot / "job.sh").read_text()
-    assert f". {snapshot}/code/launch/slurm/train.sbatch {snapshot}/config.yaml\n" in script
+    assert f". {snapshot}/code/{SCRIPTS}/job_body.sh {snapshot}/config.yaml\n" in script
     assert sbatch.read_text() == f"--parsable {snapshot}/job.sh\n"
     assert all(word in done.stdout for word in ("job 101", "scancel --signal=TERM --batch 101", "follow:", "resume:"))
 

@@ -1,4 +1,4 @@
-"""`python -m nha_megatron check|pretrain`: exit status, output and the one message."""
+"""`nha-megatron check|pretrain`: exit status, output and the one message."""
 
 import subprocess
 import sys
@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from nha_megatron.__main__ import main
+from nha_megatron.cli.main import main
 from nha_megatron.config import OneRankError, load_config
 from nha_megatron.estimate.counts import num_parameters
 from nha_megatron.training.guards import TrainingError
@@ -64,7 +64,7 @@ def test_check_passes_without_data_and_says_what_is_missing(base, capsys, tmp_pa
     assert main(["check", base, "data.tokenizer=tok", "data.path=[{path: data/train, weight: 1}, {path: other, weight: 1}]"]) == 0
     out = capsys.readouterr().out
     assert "data.path 'data/train': no file data/train.bin" in out
-    assert "data.path 'other': no file other.bin, other.idx, other.json; make it with tools/prepare_data.py" in out
+    assert "data.path 'other': no file other.bin, other.idx, other.json; make it with `nha-megatron prepare`" in out
     assert "data.tokenizer 'tok': no such directory" in out
     make_token_files(tmp_path)
     assert main(["check", base]) == 0

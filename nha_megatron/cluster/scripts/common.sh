@@ -1,7 +1,7 @@
 # Shared by torchrun.sh and deepspeed.sh, which source it. Sets: code, PYTHON, NPROC_PER_NODE, command, config.
 set -euo pipefail
 
-code=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+code=$(cd "$(dirname "${BASH_SOURCE[0]}")/../../.." && pwd)
 PYTHON=${PYTHON:-python3}
 
 fail() { echo "error: $*" >&2; exit 2; }
@@ -44,8 +44,10 @@ run_and_exit() {
     exit "$status"
 }
 
-# This code and no other: python -m would take packages from the working directory first.
-export PYTHONPATH=$code:$code/kernels${PYTHONPATH:+:$PYTHONPATH} PYTHONSAFEPATH=1
+# This code and no other: python -m would take packages from the working directory first. A checkout, or its frozen copy, has the kernels
+# in a folder of their own; of an installed package Python knows the way, and its neighbours must not come before the standard library.
+[ ! -d "$code/kernels/nha_kernels" ] || export PYTHONPATH=$code:$code/kernels${PYTHONPATH:+:$PYTHONPATH}
+export PYTHONSAFEPATH=1
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 NPROC_PER_NODE=${NPROC_PER_NODE:-$(processes_of_this_node)}
 

@@ -1,4 +1,4 @@
-"""The site file: what a cluster wants to be told, apart from the run. Examples are in launch/slurm/sites/."""
+"""The site file: what a cluster wants to be told, apart from the run. Examples are in sites/; `nha-megatron example` prints them."""
 
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ def load_site(path: str | os.PathLike[str] | None) -> SiteConfig:
     try:
         text = Path(path).read_text(encoding="utf-8")
     except FileNotFoundError:
-        raise ConfigError(f"site file {path}: no such file; examples are in launch/slurm/sites/") from None
+        raise ConfigError(f"site file {path}: no such file; `nha-megatron example` lists site files to start from") from None
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"site file {path}: cannot be read: {error}") from None
     try:
@@ -113,7 +113,7 @@ def load_site(path: str | os.PathLike[str] | None) -> SiteConfig:
     except ConfigError as error:
         raise ConfigError(f"site file {path}: {error}") from None
     if not isinstance(data, dict | None):
-        raise ConfigError(f"site file {path}: the top level is no mapping; see launch/slurm/sites/")
+        raise ConfigError(f"site file {path}: the top level is no mapping; see `nha-megatron example bare-metal`")
     try:
         return SiteConfig.model_validate(data or {})
     except ValidationError as error:

@@ -6,12 +6,11 @@ import platform
 import shlex
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from nha_megatron.launch.snapshot import revision
+from nha_megatron.cluster.snapshot import revision
 
 
 def installed_versions() -> dict[str, str]:
@@ -30,11 +29,11 @@ def installed_versions() -> dict[str, str]:
 
 
 def measurement_facts(device: torch.device, command: Sequence[str], commit: str | None = None) -> dict[str, Any]:
-    """What a reader of measured times needs. `commit`: of the code, where there is no git checkout to ask."""
+    """What a reader of measured times needs. `commit`: of the code, where it cannot be asked, such as a copy without git."""
     cuda = device.type == "cuda"
     return installed_versions() | {
         "device": torch.cuda.get_device_name(device) if cuda else "cpu",
         "device_bytes": torch.cuda.get_device_properties(device).total_memory if cuda else None,
-        "commit": commit or revision(Path(__file__).resolve().parents[2]),
+        "commit": commit or revision(),
         "command": shlex.join(command),
     }

@@ -1,4 +1,4 @@
-"""Start-up health check: every device, disk, clock and link of a job, before it trains. `python -m nha_megatron health CONFIG`.
+"""Start-up health check: every device, disk, clock and link of a job, before it trains. `nha-megatron health CONFIG`.
 
 Two rounds. First each rank tests its own device and disk and says so in the key-value store: no collective runs yet, so a rank that
 hangs or fails is named by rank 0 instead of hanging the others. Then clocks, sum and bandwidths, with a short timeout.
@@ -21,10 +21,10 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from nha_megatron.cluster.health_report import Finding, RankReport, judge, table
+from nha_megatron.cluster.versions import installed_versions
 from nha_megatron.config import ConfigError, RunConfig
 from nha_megatron.engine.device import backend_for, choose_device
-from nha_megatron.launch.health_report import Finding, RankReport, judge, table
-from nha_megatron.launch.versions import installed_versions
 
 PATIENCE_S = 120.0
 DISK_BYTES = 16 * 2**20

@@ -9,11 +9,11 @@ from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
 
+from nha_megatron.cluster.job import Submission, render, require_time_for_warning
+from nha_megatron.cluster.site import SiteConfig, load_site
+from nha_megatron.cluster.snapshot import freeze
 from nha_megatron.config import ConfigError, RunConfig, load_config
 from nha_megatron.config.inputs import require_inputs
-from nha_megatron.launch.job import Submission, render, require_time_for_warning
-from nha_megatron.launch.site import SiteConfig, load_site
-from nha_megatron.launch.snapshot import freeze
 
 
 def submit(arguments: argparse.Namespace) -> str:

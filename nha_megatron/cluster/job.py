@@ -8,10 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from nha_megatron.cluster.site import SiteConfig
 from nha_megatron.config import ConfigError
-from nha_megatron.launch.site import SiteConfig
 
 CONFIG, CODE, OUTCOME = "config.yaml", "code", "outcome"
+BODY = "nha_megatron/cluster/scripts/job_body.sh"
 
 _TIME = re.compile(r"(?:(\d+)-)?(\d+)(?::(\d\d))?(?::(\d\d))?")
 
@@ -83,7 +84,7 @@ def directives(site: SiteConfig, job: Submission) -> list[str]:
 
 
 def render(site: SiteConfig, job: Submission) -> str:
-    """The job script. Its body is launch/slurm/train.sbatch of the frozen code, which it sources."""
+    """The job script. Its body is scripts/job_body.sh of the frozen code, which it sources."""
     exports = {
         "NHA_CODE": str(job.folder / CODE),
         "NHA_LAUNCHER": job.launcher,
@@ -97,7 +98,7 @@ def render(site: SiteConfig, job: Submission) -> str:
     }
     lines = [
         "#!/usr/bin/env bash",
-        "# Written by launch/slurm/submit.py.",
+        "# Written by nha-megatron submit.",
         *(f"#SBATCH {_quoted(line)}" for line in directives(site, job)),
         "",
     ]
@@ -105,7 +106,7 @@ def render(site: SiteConfig, job: Submission) -> str:
     lines += site.setup
     lines += [f"export {name}={shlex.quote(value)}" for name, value in exports.items()]
     lines += _container(site, job)
-    body, config = job.folder / CODE / "launch/slurm/train.sbatch", job.folder / CONFIG
+    body, config = job.folder / CODE / BODY, job.folder / CONFIG
     lines += ["", f". {shlex.quote(str(body))} {shlex.quote(str(config))}", ""]
     return "\n".join(lines)
 
