@@ -12,6 +12,9 @@ sys.path[:0] = [str(ROOT), str(ROOT / "kernels"), str(ROOT / "docs")]
 import docstrings  # noqa: E402  beside this file
 
 import nha_megatron  # noqa: E402
+from nha_megatron.known_warnings import silence_known_warnings  # noqa: E402
+
+silence_known_warnings()
 
 project = "nha_megatron"
 author = "The nha_megatron authors"
@@ -29,6 +32,7 @@ autodoc_member_order = "bysource"
 napoleon_google_docstring = True
 napoleon_numpy_docstring = False
 
+highlight_language = "none"  # drawings and shell lines; Python is fenced as such
 html_theme = "furo"
 html_title = f"nha_megatron {version}"
 templates_path: list[str] = []

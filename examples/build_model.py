@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from nha_megatron.config import load_config
+from nha_megatron import load_config
 from nha_megatron.data.batch import make_batch
 from nha_megatron.engine.create import create_engine
 from nha_megatron.engine.device import choose_device

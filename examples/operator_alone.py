@@ -25,7 +25,9 @@ def main() -> None:
         first, rest = slice(0, 150), slice(150, TOKENS)
         _, memory = nha_attention(q[:, first], k[:, first], v[:, first], g[:, first], window=WINDOW, return_memory=True)
         continued = nha_attention(q[:, rest], k[:, rest], v[:, rest], g[:, rest], window=WINDOW, memory=memory)
-        print(f"memory of {memory.length.item()} tokens: {memory.num_bytes:,} bytes; differs by {(continued - out[:, rest]).abs().max():.1e}")
+        print(
+            f"memory of {memory.length.item()} tokens: {memory.num_bytes:,} bytes; differs by {(continued - out[:, rest]).abs().max():.1e}"
+        )
 
         # And token by token: the memory is updated in place, its size stays.
         state = decode_memory(memory)

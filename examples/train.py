@@ -8,11 +8,9 @@ from pathlib import Path
 
 import numpy as np
 
-from nha_megatron.config import parse_config
+from nha_megatron import export_to_hf, parse_config, pretrain
 from nha_megatron.data import TokenFileWriter
-from nha_megatron.hf.export import export_to_hf
 from nha_megatron.training.metrics import read_metrics
-from nha_megatron.training.run import pretrain
 
 VOCABULARY, END_OF_TEXT = 64, 0
 
@@ -34,9 +32,9 @@ def main(folder: Path) -> None:
             "model": {"num_layers": 2, "hidden_size": 32, "ffn_hidden_size": 64, "num_heads": 4, "num_kv_heads": 2, "window": 8,
                       "num_slots": 8, "vocab_size": VOCABULARY},
             "data": {"path": str(folder / "train"), "sequence_length": 64},
-            "training": {"steps": 20, "micro_batch_size": 4, "global_batch_size": 4},
+            "training": {"steps": 60, "micro_batch_size": 4, "global_batch_size": 4},
             "optimizer": {"lr": 1e-2, "warmup_steps": 2},
-            "logging": {"directory": str(folder / "run"), "every": 5, "tensorboard": False},
+            "logging": {"directory": str(folder / "run"), "every": 20, "tensorboard": False},
         }
     )  # fmt: skip
     pretrain(config)
