@@ -6,7 +6,9 @@ RUN := $(if $(VENV),$(VENV)/bin/python,$(PYTHON))
 INSTALLED := $(if $(VENV),$(VENV)/.installed)
 PATHS := PYTHONPATH=$(CURDIR):$(CURDIR)/kernels$(if $(PYTHONPATH),:$(PYTHONPATH))
 
-.PHONY: quickstart test test-slow lint clean
+.PHONY: install quickstart test test-slow lint docs clean
+
+install: $(INSTALLED)
 
 quickstart: $(INSTALLED)
 	$(PATHS) $(RUN) tools/quickstart.py
@@ -21,6 +23,12 @@ lint: $(INSTALLED)
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 	$(RUN) -m mypy
+
+docs: $(INSTALLED)
+	$(if $(VENV),$(RUN) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[docs]')
+	$(PATHS) $(RUN) docs/generate_configuration.py
+	$(PATHS) $(RUN) -m sphinx --quiet --fail-on-warning --keep-going docs build/docs
+	@echo "open build/docs/index.html"
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	launch/setup_environment.sh "$(PYTHON)" "$(VENV)"

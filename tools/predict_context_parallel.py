@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Predicts the time of one attention layer over context ranks from measurements in this repository and a network that is assumed:
 
-    python tools/predict_context_parallel.py [--adapter-gb-per-s 45] [--rails 8] [--gather ring] [--output docs/context_parallel_cost.png]
+    python tools/predict_context_parallel.py [--adapter-gb-per-s 45] [--rails 8] [--gather ring] [--output PNG]
 
 First the model (`nha_megatron/layers/nha/context_parallel/time.py`) predicts the times measured on two GPUs, and those of each run named by
 --more-gpus, from the operator and the summary on two. Only if it is within 15 % of each does it go on to more ranks. Tables go to stdout,
@@ -35,8 +35,8 @@ from nha_megatron.layers.nha.full.time import full_layer_ms
 
 REPOSITORY = Path(__file__).parents[1]
 RESULTS = REPOSITORY / "kernels" / "benchmarks" / "results"
-TWO_GPUS = REPOSITORY / "docs" / "context_parallel_two_nvidia_h200.json"
-FOUR_GPUS = REPOSITORY / "docs" / "context_parallel_four_nvidia_h200.json"
+TWO_GPUS = REPOSITORY / "docs" / "results" / "context_parallel_two_nvidia_h200.json"
+FOUR_GPUS = REPOSITORY / "docs" / "results" / "context_parallel_four_nvidia_h200.json"
 ALLOWED_ERROR = 0.15
 
 # (ranks, tokens a rank): 1M tokens in three ways, 4M and 8M over 64 ranks.
@@ -249,7 +249,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Predict the time of one layer over context ranks.")
     parser.add_argument("--two-gpus", type=Path, default=TWO_GPUS, metavar="JSON")
     parser.add_argument(
-        "--more-gpus", type=Path, nargs="+", metavar="JSON", help="the same benchmark over more ranks; by default that over four in docs/"
+        "--more-gpus", type=Path, nargs="+", metavar="JSON", help="the same benchmark over more ranks; by default that over four ranks"
     )
     parser.add_argument("--operator", type=Path, default=RESULTS / "nvidia_h100_80gb_hbm3.json", metavar="JSON")
     parser.add_argument("--small-kernels-us", type=float, default=40.0, help="some 20 of 2 us each (default: %(default)s)")
@@ -261,7 +261,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--ranks-per-node", type=int, default=8)
     parser.add_argument("--rails", type=int, default=8, help="adapters of a node that one ring uses at once (default: %(default)s)")
     parser.add_argument("--gather", choices=["ring", "doubling"], default="ring")
-    parser.add_argument("--output", type=Path, default=REPOSITORY / "docs" / "context_parallel_cost.png", metavar="PNG")
+    parser.add_argument("--output", type=Path, default=REPOSITORY / "docs" / "results" / "context_parallel_cost.png", metavar="PNG")
     arguments = parser.parse_args(argv)
     try:
         network = Network(

@@ -10,7 +10,7 @@ from matplotlib import image
 from tools.predict_context_parallel import main
 
 REPOSITORY = Path(__file__).parents[2]
-TWO_GPUS = REPOSITORY / "docs" / "context_parallel_two_nvidia_h200.json"
+TWO_GPUS = REPOSITORY / "docs" / "results" / "context_parallel_two_nvidia_h200.json"
 FOUR_GPUS = TWO_GPUS.with_name("context_parallel_four_nvidia_h200.json")
 
 
