@@ -6,14 +6,13 @@ The names below are what a program is meant to use. They are imported when they 
 from typing import TYPE_CHECKING
 
 from nha_megatron.lazy import lazy_names
+from nha_megatron.version import __version__ as __version__
 
 if TYPE_CHECKING:
     from .config import ConfigError, RunConfig, load_config, parse_config, with_overrides
     from .hf.export import export_to_hf
     from .training.guards import TrainingError
     from .training.run import pretrain
-
-__version__ = "0.2.0"
 
 __all__ = [
     "ConfigError",

@@ -17,9 +17,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-import nha_megatron
 from nha_megatron.checkpoint.files import MANIFEST, PUBLISHED, CheckpointError, write_atomically
 from nha_megatron.data.checksum import file_sha256
+from nha_megatron.version import __version__
 
 FORMAT = "nha_megatron/torch_dist"
 FORMAT_VERSION = 1
@@ -142,7 +142,7 @@ def _problem(path: Path, name: str, expected: FileEntry) -> str | None:
 def versions() -> dict[str, str]:
     """Versions of everything that decides what a checkpoint looks like."""
     return {
-        "nha_megatron": nha_megatron.__version__,  # not from its metadata: it may run uninstalled, from PYTHONPATH
+        "nha_megatron": __version__,  # not from its metadata: it may run uninstalled, from PYTHONPATH
         "megatron_core": metadata.version("megatron-core"),
         "torch": torch.__version__,
         "python": platform.python_version(),

@@ -25,7 +25,7 @@ def transformer_config(config: RunConfig, *, fuse_gradients: bool = False) -> Tr
     """Megatron's configuration of the run: local layers, no fused kernels that need Apex or TransformerEngine, but for `fuse_gradients`."""
     model, parallel, training = config.model, config.parallel, config.training
     dtype = _DTYPES[training.precision]
-    virtual_stages = parallel.virtual_pipeline or 1
+    chunks_per_rank = parallel.virtual_pipeline or 1
     recompute: dict[str, Any] = {}
     if training.recompute == "full":
         # Each layer by itself: all of them (uniform, in groups of one), or the first ones of this model chunk (block).
@@ -50,12 +50,12 @@ def transformer_config(config: RunConfig, *, fuse_gradients: bool = False) -> Tr
         sequence_parallel=parallel.sequence,
         context_parallel_size=parallel.context,
         pipeline_model_parallel_size=parallel.pipeline,
-        virtual_pipeline_model_parallel_size=virtual_stages if virtual_stages > 1 else None,
+        virtual_pipeline_model_parallel_size=chunks_per_rank if chunks_per_rank > 1 else None,
         pipeline_dtype=dtype,
         # One send or receive at a time under the interleaved schedule: with two stages both neighbours are the same rank, and messages
         # of one batch to it would be taken for each other.
-        overlap_p2p_comm=virtual_stages > 1,
-        batch_p2p_comm=virtual_stages == 1,
+        overlap_p2p_comm=chunks_per_rank > 1,
+        batch_p2p_comm=chunks_per_rank == 1,
         params_dtype=dtype,
         bf16=dtype is torch.bfloat16,
         # Weights are left empty here, on the device of the surrounding `torch.device` context, and drawn by model/initialize.py.
@@ -83,10 +83,10 @@ def build_model(
     """
     megatron_config = transformer_config(config, fuse_gradients=fuse_gradients)
     pp_rank, pp_size = groups.pp.rank(), groups.pp.size()
-    virtual_stages = config.parallel.virtual_pipeline or 1
+    chunks_per_rank = config.parallel.virtual_pipeline or 1
     chunks = []
-    for chunk in range(virtual_stages):
-        vp_stage = chunk if virtual_stages > 1 else None
+    for chunk in range(chunks_per_rank):
+        vp_stage = chunk if chunks_per_rank > 1 else None
         spec = block_spec(config, megatron_config, pp_rank=pp_rank, vp_stage=vp_stage)
         with device:
             model = LanguageModel(
@@ -96,7 +96,7 @@ def build_model(
                 vocab_size=config.model.padded_vocab_size,
                 max_sequence_length=config.data.sequence_length,
                 pre_process=pp_rank == 0 and chunk == 0,
-                post_process=pp_rank == pp_size - 1 and chunk == virtual_stages - 1,
+                post_process=pp_rank == pp_size - 1 and chunk == chunks_per_rank - 1,
                 share_embeddings_and_output_weights=config.model.tie_embeddings,
                 # Positions enter in the attention layers, relative to the window.
                 position_embedding_type="none",

@@ -14,7 +14,7 @@
     validation_loss    only on steps that end with an evaluation
     slowest_rank, slowest_host, slowest_ratio   once a logging interval, with several ranks: who works longest between collectives, and how
                        many times as long as the others (slow_ranks.py)
-    slot_share, ...    what layer kinds measure (LayerKind.statistics): lists, one entry a layer, null where its kind measures no such
+    further names      what layer kinds measure (LayerKind.statistics): lists, one entry a layer, null where its kind measures no such
                        thing; only on steps that were asked for
 
 Only one rank holds these objects; the others get `None` instead of a log.

@@ -138,12 +138,12 @@ def plan_context_parallel(
 @lru_cache(maxsize=256)  # layers with the same window share the plan
 def _plan(tokens_per_rank: int, num_ranks: int, rank: int, window: int, cu_seqlens: tuple[int, ...] | None) -> ContextParallelPlan:
     boundaries = (0,) if cu_seqlens is None else document_starts(cu_seqlens, tokens_per_rank * num_ranks)
-    layout = _Layout(tokens_per_rank, num_ranks, window, boundaries)
+    shards = _Shards(tokens_per_rank, num_ranks, window, boundaries)
     first, last = rank * tokens_per_rank, (rank + 1) * tokens_per_rank
     sends = (
         HaloTransfer(destination, transfer.start, transfer.stop)
         for destination in range(rank + 1, num_ranks)
-        for transfer in layout.halo(destination)
+        for transfer in shards.halo(destination)
         if transfer.rank == rank
     )
     return ContextParallelPlan(
@@ -151,17 +151,17 @@ def _plan(tokens_per_rank: int, num_ranks: int, rank: int, window: int, cu_seqle
         num_ranks=num_ranks,
         tokens_per_rank=tokens_per_rank,
         window=window,
-        receives=layout.halo(rank),
+        receives=shards.halo(rank),
         sends=tuple(sends),
-        pieces=tuple(layout.piece(rank * layout.pieces_per_rank + j) for j in range(layout.pieces_per_rank)),
-        initial=layout.composed_by(rank),
-        length=first - layout.document_start(first),
+        pieces=tuple(shards.piece(rank * shards.pieces_per_rank + j) for j in range(shards.pieces_per_rank)),
+        initial=shards.composed_by(rank),
+        length=first - shards.document_start(first),
         cu_seqlens=None if cu_seqlens is None else (0, *(start - first for start in boundaries if first < start < last), last - first),
     )
 
 
 @dataclass(frozen=True)
-class _Layout:
+class _Shards:
     """What every rank knows about every other: shards, window and documents, in tokens of the whole sequence."""
 
     tokens_per_rank: int
