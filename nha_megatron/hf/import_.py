@@ -18,7 +18,7 @@ from nha_megatron.hf.weight_table import from_hf
 def load_hf_weights(directory: str | Path, model: ModelConfig) -> dict[str, Tensor]:
     """Full tensors by GPTModel name, from a directory of a family that is known (`hf/families/`). Safetensors only; nothing is executed.
 
-    Windows, `empty_slots` and RoPE may differ from those that the weights were trained with; the rest of the architecture may not.
+    What the weights can be used without may differ, such as RoPE and a window; the rest of the architecture may not.
 
     Raises:
         ConfigError: another kind of model or architecture, missing or damaged files.
