@@ -41,7 +41,7 @@ COLLECTIVES = {
 PLACES = {"get_rank", "get_world_size"}
 
 # The health check makes a group of its own before there is a layout; the layout is where groups come from.
-ALLOWED = {"nha_megatron/launch/health.py", "nha_megatron/engine/layout.py"}
+ALLOWED = {"nha_megatron/cluster/health.py", "nha_megatron/engine/layout.py"}
 
 
 def over_the_default_group(source: str) -> Iterator[str]:

@@ -84,7 +84,7 @@ def test_the_batch_script_without_the_submit_helper(cluster: SlurmCluster, tmp_p
     metrics = write_run(tmp_path, training={"steps": 2})
     job = cluster.batch(tmp_path, "--nodes=2", "--time=20", "launch/slurm/train.sbatch", str(tmp_path / "run.yaml"))
     assert cluster.wait_for_end(job) == "COMPLETED", log_of(job)
-    assert f"torchrun, code {ROOT}" in log_of(job) and "all-reduce over 2 ranks: right" in log_of(job)
+    assert f"torchrun, code {ROOT}" in log_of(job) and "all-reduce over 4 ranks: right" in log_of(job)  # one per GPU
     assert len(metrics.read_text().splitlines()) == 2
 
 
