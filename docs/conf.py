@@ -21,7 +21,6 @@ author = "The nha_megatron authors"
 version = release = nha_megatron.__version__
 
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
-myst_enable_extensions = ["deflist"]
 myst_heading_anchors = 3  # a link to a heading that is not there is a warning, and warnings fail the build
 suppress_warnings = ["myst.header"]  # included files begin at another level
 nitpicky = False

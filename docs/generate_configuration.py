@@ -18,6 +18,7 @@ from pydantic_core import PydanticUndefined
 
 from nha_megatron.config import RunConfig
 from nha_megatron.config.base import MAX_SIZE, Section
+from nha_megatron.layers.registry import BUILT_IN, kind_named
 
 PAGE = Path(__file__).with_name("configuration.md")
 HEAD = """\
@@ -55,6 +56,9 @@ def _homes() -> dict[type[Section], str]:
 
     for name, field in RunConfig.model_fields.items():
         visit(typing.cast(type[Section], field.annotation), name)
+        for kind in BUILT_IN if name == "model" else ():
+            if (section := kind_named(kind).section) is not None:
+                visit(section, f"model.{kind}")
     return homes
 
 

@@ -93,3 +93,8 @@ def test_every_result_has_the_same_form() -> None:
         text = page.read_text(encoding="utf-8")
         assert all(f"| {row} |" in text for row in ("hardware", "versions", "commit", "command")), page.name
         assert f"({page.name})" in (page.parent / "index.md").read_text(encoding="utf-8"), f"{page.name} is not in the list"
+
+
+def test_the_glossary_has_the_words_of_the_project() -> None:
+    terms = set(re.findall(r"^- \*\*(.+?)\*\*:", (ROOT / "docs" / "glossary.md").read_text(encoding="utf-8"), re.MULTILINE))
+    assert {"slot", "window", "halo", "memory", "piece", "slab", "phase", "stage", "exchange"} <= terms
