@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from nha_megatron import load_config
 from nha_megatron.data.batch import make_batch
@@ -30,6 +31,7 @@ def main(path: str) -> None:
         result = engine.train_step([batch], lr=1e-3)
         if layout.rank == 0:
             print(f"{layout.describe()}: loss {result.loss:.4f}, gradient {result.grad_norm:.3f}")
+    torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":

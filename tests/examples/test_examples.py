@@ -16,7 +16,7 @@ EXAMPLES = ROOT / "examples"
 def run(*command: str, folder: Path) -> str:
     """What a program prints. It must end well, on the CPU and without a network."""
     environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1", "PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}"}
-    done = subprocess.run([sys.executable, *command], capture_output=True, text=True, cwd=folder, env=environment, timeout=300)
+    done = subprocess.run([sys.executable, *command], capture_output=True, text=True, cwd=folder, env=environment, timeout=600)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
