@@ -152,8 +152,9 @@ def test_sizes_that_do_not_divide_are_refused(corpus: str) -> None:
         reader(corpus, cp=(0, 5))
 
 
-def test_moving_to_a_device_keeps_every_field() -> None:
+def test_moving_to_a_device_keeps_every_field_and_leaves_the_boundaries_where_the_exchange_is_planned() -> None:
     batch = make_batch(np.array([[5, 0, 6]]), END_OF_TEXT, isolate_documents=True).to("meta")
     assert batch.cu_seqlens is not None
-    assert {tensor.device.type for tensor in (batch.tokens, batch.labels, batch.loss_mask, batch.cu_seqlens)} == {"meta"}
+    assert {tensor.device.type for tensor in (batch.tokens, batch.labels, batch.loss_mask)} == {"meta"}
+    assert batch.cu_seqlens.device.type == "cpu"
     assert make_batch(np.array([[5, 0, 6]]), END_OF_TEXT, isolate_documents=False).to("cpu").cu_seqlens is None

@@ -187,18 +187,18 @@ def forwards_of_operator(recompute: str, layers: int | None) -> int:
     config = tiny_config(training={"recompute": recompute, "recompute_layers": layers, "global_batch_size": 1})
     engine = make_engine(config)
     calls = 0
-    original = layer_module.nha_attention
+    original = layer_module.hybrid_attention
 
     def counted(*args: Any, **kwargs: Any) -> Any:
         nonlocal calls
         calls += 1
         return original(*args, **kwargs)
 
-    layer_module.nha_attention = counted
+    layer_module.hybrid_attention = counted
     try:
         engine.train_step(micro_batches(config, engine.layout, 0), 1e-3)
     finally:
-        layer_module.nha_attention = original
+        layer_module.hybrid_attention = original
     return calls
 
 
