@@ -103,11 +103,12 @@ class LayerKind(ABC):
     section: ClassVar[type[Section] | None] = None
     """Fields of `model.<name>`, all with defaults; None where the kind needs none."""
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        """Another process takes its own object of that name."""
-        from nha_megatron.layers.registry import kind_named
+    def __eq__(self, other: object) -> bool:
+        """A kind is its class and name: one that comes from another process is the same."""
+        return type(self) is type(other) and isinstance(other, LayerKind) and self.name == other.name
 
-        return kind_named, (self.name,)
+    def __hash__(self) -> int:
+        return hash(self.name)
 
     # Configuration
 

@@ -21,13 +21,13 @@ _registered: dict[str, LayerKind] = {}
 
 
 def register_kind(kind: LayerKind) -> None:
-    """Makes a kind known under its name in this process. Registering the same object again changes nothing.
+    """Makes a kind known under its name in this process. Registering it again changes nothing.
 
     Raises `ValueError` for a name that cannot stand in a pattern, or that another kind has.
     """
     if not _NAME.fullmatch(kind.name) or kind.name == "full":
         raise ValueError(f"a layer kind cannot be named {kind.name!r}: use small letters, digits and underscores, not 'full'")
-    if kind.name in BUILT_IN or _registered.setdefault(kind.name, kind) is not kind:
+    if kind.name in BUILT_IN or _registered.setdefault(kind.name, kind) != kind:
         raise ValueError(f"a layer kind named {kind.name!r} is known already: give yours another name")
 
 

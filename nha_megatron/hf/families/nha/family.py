@@ -106,4 +106,4 @@ def forms_of(model: ModelConfig) -> Iterator[tuple[HuggingFaceLayer, dict[int, A
     """Hugging Face form of each kind, and its layers (number -> options)."""
     require_exportable(model)
     for kind in kinds_of(model):
-        yield form_of(kind), {number: layer.options for number, layer in enumerate(model.stack) if layer.kind is kind}
+        yield form_of(kind), {number: layer.options for number, layer in enumerate(model.stack) if layer.kind == kind}
