@@ -43,7 +43,7 @@ def _model_lines(config: RunConfig, stages: tuple[Stage, ...]) -> list[str]:
     model = config.model
     lines = [
         f"parameters: {num_parameters(model):,}, without embeddings {num_parameters(model, embeddings=False):,}",
-        f"{_what_varies(model)}: {describe_runs(layer.label for layer in model.stack)}",
+        f"{_what_varies(model)}: {describe_runs(_labels(model))}",
         f"vocabulary: {model.vocab_size:,} tokens, padded to {model.padded_vocab_size:,}",
     ]
     for length in dict.fromkeys(stage.config.data.sequence_length for stage in stages):
@@ -80,6 +80,15 @@ def _stage_lines(stage: Stage, world: int) -> list[str]:
 
 def _what_varies(model: ModelConfig) -> str:
     return "window of the layers" if {layer.kind.name for layer in model.stack} == {DEFAULT_KIND} else "layers"
+
+
+def _labels(model: ModelConfig) -> list[str]:
+    """With the kind in front where there are several and the label does not say it."""
+    several = len({layer.kind.name for layer in model.stack}) > 1
+    return [
+        f"{layer.kind.name}:{layer.label}" if several and not layer.label.startswith(layer.kind.name) else layer.label
+        for layer in model.stack
+    ]
 
 
 def _exchange_lines(config: RunConfig) -> list[str]:

@@ -47,7 +47,10 @@ def kind_named(name: str) -> LayerKind:
         return kind
     close = difflib.get_close_matches(name, known_kinds(), n=1)
     hint = f"; did you mean {close[0]!r}?" if close else ""
-    raise ConfigError(f"there is no layer kind {name!r}, known are {', '.join(known_kinds())}{hint}")
+    raise ConfigError(
+        f"there is no layer kind {name!r}, known are {', '.join(known_kinds())}{hint}; a kind of your own is "
+        f"an entry point of {ENTRY_POINTS}, or registered before the configuration is read"
+    )
 
 
 def known_kinds() -> tuple[str, ...]:

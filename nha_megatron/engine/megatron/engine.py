@@ -30,6 +30,7 @@ from nha_megatron.engine.megatron.checkpoint_workarounds import (
 )
 from nha_megatron.engine.megatron.gradient_fusion import choose_gradient_fusion
 from nha_megatron.engine.optimizer_state import with_all_settings
+from nha_megatron.engine.replicas import require_equal_gradients
 from nha_megatron.model.build import build_model
 from nha_megatron.model.initialize import initialize_weights
 from nha_megatron.model.loss import loss_report
@@ -64,6 +65,7 @@ class MegatronEngine(Engine):
         megatron_config.finalize_model_grads_func = finalize_model_grads
         megatron_config.grad_scale_func = None  # bfloat16 needs no loss scale
         self._forward_backward = get_forward_backward_func()
+        self._replicas_are_compared = False
 
     def _wrap(self, chunks: list[nn.Module]) -> list[nn.Module]:
         megatron_config = chunks[0].config
@@ -101,6 +103,8 @@ class MegatronEngine(Engine):
         """See `Engine`."""
         loss_sum, tokens = self._accumulate_gradients(batches)
         self._require_counted(tokens)
+        if not self._replicas_are_compared:
+            self._compare_replicas()
         self._set_learning_rate(lr)
         self.optimizer.prepare_grads()
         grad_norm = self._grad_norm()
@@ -110,6 +114,15 @@ class MegatronEngine(Engine):
             self._clip(grad_norm)
             self.optimizer.step_with_ready_grads()
         return StepResult(loss=loss_sum / tokens, tokens=tokens, grad_norm=grad_norm, skipped=not applied)
+
+    def _compare_replicas(self) -> None:
+        norms = {
+            name: parameter.main_grad.norm()
+            for name, parameter in self.named_parameters()
+            if not getattr(parameter, "tensor_model_parallel", False)
+        }
+        require_equal_gradients(norms, self.layout.groups.tp)
+        self._replicas_are_compared = True
 
     def _grad_norm(self) -> float:
         """Norm of the whole gradient, the same on all ranks.

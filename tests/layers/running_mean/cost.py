@@ -20,6 +20,7 @@ def weights(o: RunningMeanOptions, model: ModelShape) -> tuple[Weight, ...]:
         return torch.log(tokens - 1 + 1e-3)
 
     return (
+        Weight("scale", (model.hidden_size,), initial="ones", decayed=False, sharded=False),
         Weight("linear_value.weight", (o.width, model.hidden_size)),
         Weight("linear_forget.weight", (o.width, model.hidden_size)),
         Weight("linear_forget.bias", (o.width,), initial=bias, decayed=False),

@@ -34,6 +34,9 @@ class RunningMean(MegatronModule):
         self.layer_number = layer_number
         self.tp_group, self.cp_group = pg_collection.tp, pg_collection.cp
         column: dict[str, Any] = {"config": config, "init_method": config.init_method, "gather_output": False, "tp_group": self.tp_group}
+        # Held whole by every tensor rank. Under sequence parallelism each sees other tokens: Megatron sums gradients that are marked so.
+        self.scale = torch.nn.Parameter(torch.empty(config.hidden_size, dtype=config.params_dtype))
+        self.scale.sequence_parallel = config.sequence_parallel
         self.linear_value = build_module(ColumnParallelLinear, config.hidden_size, options.width, bias=False, **column)
         self.linear_forget = build_module(ColumnParallelLinear, config.hidden_size, options.width, bias=True, skip_bias_add=False, **column)
         self.linear_out = build_module(
@@ -53,6 +56,7 @@ class RunningMean(MegatronModule):
     def forward(
         self, hidden_states: Tensor, attention_mask: Tensor | None = None, *, packed_seq_params: Documents | None = None, **_: Any
     ) -> tuple[Tensor, None]:
+        hidden_states = hidden_states * self.scale
         value, _ = self.linear_value(hidden_states)
         logits, _ = self.linear_forget(hidden_states)
         forget = torch.sigmoid(logits.float())
