@@ -13,7 +13,7 @@ load.py           resume a run, or start one from weights
 weights.py        all weights of a model in one process, for export
 """
 
-from nha_megatron.checkpoint.files import resolve
+from nha_megatron.checkpoint.files import SaveError, resolve
 from nha_megatron.checkpoint.load import find_newest, load_checkpoint, load_weights
 from nha_megatron.checkpoint.manifest import CheckpointError, Manifest, read_manifest, verify
 from nha_megatron.checkpoint.saver import CheckpointSaver
@@ -27,6 +27,7 @@ __all__ = [
     "CheckpointSaver",
     "Manifest",
     "Progress",
+    "SaveError",
     "VerifyReport",
     "find_newest",
     "load_checkpoint",

@@ -18,8 +18,10 @@ class CheckpointConfig(Section):
     """Train on while a checkpoint is written, from a copy of the state in host memory. The last one of a run is waited for in any case."""
     attempts: Positive = 3
     """Saves in a row that must fail to end the run; a failure before is reported, and training goes on. 1: the first failure ends it."""
-    resume: bool = True
-    """Continue from the newest complete checkpoint of the directory when there is one."""
+    resume: Literal[True, False, "fresh"] = True
+    """true: continue from the newest complete checkpoint of the directory; begin at step 0 when there is none, and refuse when there are
+    some and none can be loaded. fresh: the same, but begin at step 0 instead of refusing; checkpoints that cannot be loaded and
+    metrics.jsonl are set aside. false: refuse when there are any."""
     other_data: Literal["refuse", "accept"] = "refuse"
     """A checkpoint whose run read other token files, or in other shares, in the stages that have begun: refuse it, or continue at the same
     position in the new ones. Token files that were moved are not others."""

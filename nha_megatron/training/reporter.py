@@ -27,5 +27,5 @@ class Reporter:
             self.console.event(f"step {record['step']}: validation loss {record['validation_loss']:.4f}")
 
     def close(self) -> None:
-        self.console.close()
         self.log.close()
+        self.console.close()

@@ -26,7 +26,7 @@ from nha_megatron.data.verify import CheckedFile
 from nha_megatron.engine.base import Engine
 from nha_megatron.engine.device import choose_device
 from nha_megatron.engine.layout import create_layout
-from nha_megatron.training.console import Console
+from nha_megatron.training.console import Console, print_line
 from nha_megatron.training.context import Job, TrainingContext
 from nha_megatron.training.data_check import check_data, describe_checked
 from nha_megatron.training.guards import TrainingError
@@ -48,7 +48,7 @@ def pretrain(config: RunConfig) -> signal.Signals | None:
     joined_here = not dist.is_initialized()
     phases = config.phases
     layout = create_layout(phases[0][0].config, choose_device(config.training.device))
-    say = print if layout.rank == 0 else _ignore
+    say = print_line if layout.rank == 0 else _ignore
     config.check_world(layout.world_size)
     files = check_data(config, layout, say)  # first: what is wrong on one node alone is heard of on all ranks
     prepared = False
@@ -100,8 +100,9 @@ def run(job: Job, engine: Engine, progress: Progress, until: int) -> signal.Sign
     resolved = config.model_dump(mode="json")
     reporter, say = None, job.say
     if engine.layout.rank == 0:
-        reporter = Reporter(MetricsLog(config.logging, resolved, progress.step), Console(config.training.steps, config.logging.every))
-        say = reporter.console.event
+        console = Console(config.training.steps, config.logging.every)
+        say = console.event
+        reporter = Reporter(MetricsLog(config.logging, resolved, progress.step, say), console)
 
     try:
         with StallWatch(world, config.training.stall_seconds) as watch:
