@@ -9,6 +9,7 @@ shards.py         a rank's share: planned by Megatron, written by a thread
 write.py          one checkpoint: all ranks write, rank 0 publishes
 saver.py          a run's checkpoints: in the background or not, what a failure and a slow disk do
 verify_report.py  what the command `verify` prints
+changes.py        what a configuration changes of the run that it continues
 load.py           resume a run, or start one from weights
 weights.py        all weights of a model in one process, for export
 """

@@ -11,16 +11,15 @@ import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.dist_checkpointing.validation import StrictHandling
-from pydantic import ValidationError
 from torch.distributed.checkpoint import CheckpointException
 
+from nha_megatron.checkpoint.changes import in_full
 from nha_megatron.checkpoint.collective import on_rank_zero
 from nha_megatron.checkpoint.files import LATEST, CheckpointError, prepare_root, published_steps, set_aside, step_directory
 from nha_megatron.checkpoint.manifest import Manifest, read_manifest, verify
 from nha_megatron.checkpoint.safety import require_plain_data
 from nha_megatron.checkpoint.state import Progress, restore_rng, rng_for_loading
 from nha_megatron.checkpoint.weights import CheckpointWeights
-from nha_megatron.config import RunConfig
 from nha_megatron.config.stages import begun_stages
 from nha_megatron.data.identity import data_changes
 from nha_megatron.engine.base import Engine
@@ -132,7 +131,7 @@ def require_same_run(directory: Path, saved: dict[str, Any], current: dict[str, 
     """Raises `CheckpointError` listing the settings in which a run differs from the checkpoint, of step `step`, that it is to continue."""
     differences = []
     for section, names in _FIXED_IN_A_RUN.items():
-        before, now = (_in_full(section, config.get(section, {})) for config in (saved, current))
+        before, now = (in_full(section, config.get(section, {})) for config in (saved, current))
         for name in names or sorted(set(before) | set(now)):
             if section == "model" and name in _FREE_IN_MODEL:
                 continue
@@ -147,16 +146,6 @@ def require_same_run(directory: Path, saved: dict[str, Any], current: dict[str, 
             f"this run cannot continue from {directory}: {'; '.join(differences)}. "
             "Set them back, or start a new run in another logging.directory (model.init_from takes over the weights)"
         )
-
-
-def _in_full(section: str, values: dict[str, Any]) -> dict[str, Any]:
-    """A saved section as today's configuration writes it: renamed fields under their new names, new ones with their defaults."""
-    schema: Any = RunConfig.model_fields[section].annotation
-    try:
-        plain: dict[str, Any] = schema.model_validate(values).model_dump(mode="json")
-    except ValidationError:  # of another version of this system: compared as it is
-        return values
-    return plain
 
 
 def require_same_data(directory: Path, manifest: Manifest, data: dict[str, Any]) -> None:

@@ -1,5 +1,7 @@
 """What all sections of a run configuration share: strict, closed, immutable."""
 
+import os
+import re
 from collections.abc import Mapping
 from functools import cached_property
 from typing import Annotated, Any, ClassVar, Self, TypeVar
@@ -12,10 +14,20 @@ from .renamed import with_new_names
 # Sizes end up in 32-bit kernel arguments and collective counts; larger ones are a typing mistake.
 MAX_SIZE = 2**31 - 1
 
-Positive = Annotated[int, Field(ge=1, le=MAX_SIZE)]
-NonNegative = Annotated[int, Field(ge=0, le=MAX_SIZE)]
+
+def _whole(value: object) -> object:
+    """1e5 and 2.0 are whole numbers, which YAML calls floats; beyond 2^53 a float no longer says which."""
+    return int(value) if isinstance(value, float) and value.is_integer() and abs(value) <= 2**53 else value
+
+
+WholeNumber = Annotated[int, BeforeValidator(_whole)]
+Positive = Annotated[WholeNumber, Field(ge=1, le=MAX_SIZE)]
+NonNegative = Annotated[WholeNumber, Field(ge=0, le=MAX_SIZE)]
 PositiveReal = Annotated[float, Field(gt=0)]
 NonNegativeReal = Annotated[float, Field(ge=0)]
+
+
+_VARIABLE = re.compile(r"\$(?:([A-Za-z_]\w*)|\{([A-Za-z_]\w*)\})", re.ASCII)
 
 
 def _usable_path(path: str) -> str:
@@ -23,7 +35,19 @@ def _usable_path(path: str) -> str:
         raise ValueError("given an empty path; write a path, or null where the field is optional")
     if "\0" in path:
         raise ValueError("the path contains a NUL character, which no file system allows; remove it")
-    return path
+    return _expanded(path)
+
+
+def _expanded(path: str) -> str:
+    """`~` and `$NAME` or `${NAME}` as a shell replaces them: nobody means a folder of that name. `./~` and a `$` before no name stay."""
+    absent = [name for found in _VARIABLE.finditer(path) if (name := found[1] or found[2]) not in os.environ]
+    if absent:
+        raise ValueError(f"given {path!r}, but the environment has no variable {absent[0]}; set it, or write the path out")
+    whole = os.path.expanduser(_VARIABLE.sub(lambda found: os.environ[found[1] or found[2]], path))
+    if whole.startswith("~"):
+        user = whole.split("/", 1)[0]
+        raise ValueError(f"given {path!r}, but there is no user {user[1:]!r} here; write the path out (./{user} is a folder of that name)")
+    return whole
 
 
 PathString = Annotated[str, AfterValidator(_usable_path)]

@@ -67,6 +67,20 @@ def read_yaml(text: str) -> Any:
         raise ConfigError(f"not valid YAML: {error}") from None
 
 
+def read_value(text: str) -> Any:
+    """The value of an override, as `read_yaml`; but `#` begins no comment: nobody writes one on a command line, and half a path is none."""
+    value = read_yaml(text)
+    if "#" not in text:
+        return value
+    node = yaml.compose(text, Loader=_Loader)
+    rest = text if node is None else text[node.end_mark.index :]
+    if not rest.strip():
+        return value
+    if node is None or (isinstance(node, yaml.ScalarNode) and node.style is None):
+        return text.strip()
+    raise ConfigError(f"{rest.strip()!r} would be a comment; remove it")
+
+
 def write_yaml(data: Any) -> str:
     """YAML text that `read_yaml` reads back to the same plain data, keys in the given order."""
     return yaml.dump(data, Dumper=_Dumper, sort_keys=False)

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from nha_megatron.checkpoint import CheckpointError, Progress, find_newest, load_checkpoint, load_weights, resolve
+from nha_megatron.checkpoint import CheckpointError, Progress, find_newest, load_checkpoint, load_weights, read_manifest, resolve
+from nha_megatron.checkpoint.changes import changed_values
 from nha_megatron.checkpoint.collective import on_rank_zero
 from nha_megatron.checkpoint.files import published_steps, rename_to_free
 from nha_megatron.config import RunConfig
@@ -63,8 +64,12 @@ def start(job: Job, engine: Engine, checkpoint: Path | None) -> Progress:
     config = job.config
     if checkpoint is not None:
         expected = job.identity if config.checkpoint.other_data == "refuse" else None
-        progress = load_checkpoint(checkpoint, engine, config.model_dump(mode="json"), expected)
+        plain = config.model_dump(mode="json")
+        progress = load_checkpoint(checkpoint, engine, plain, expected)
         job.say(f"resumed from {checkpoint}: step {progress.step}, {progress.tokens:,} tokens")
+        saved = on_rank_zero(f"checkpoint {checkpoint} cannot be read", lambda: read_manifest(checkpoint).config, engine.layout.world)
+        for change in changed_values(saved, plain):
+            job.say(f"changed since: {change}")
         return progress
     if config.model.init_from is not None:
         load_initial_weights(Path(config.model.init_from), config, engine)
