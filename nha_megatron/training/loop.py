@@ -72,7 +72,10 @@ def train(context: TrainingContext, progress: Progress, until: int) -> signal.Si
             progress.tokens += stage.tokens_per_step
             record: dict[str, Any] = {
                 "step": step,
+                "time": time.time(),
+                "step_seconds": seconds,
                 "tokens": progress.tokens,
+                "epoch": data.epoch(step),
                 "loss": result.loss,
                 "grad_norm": result.grad_norm,
                 "lr": lr,

@@ -3,6 +3,9 @@
 `metrics.jsonl` is the record: one JSON object a step, and the only one that other tools of this project read.
 
     step               updates done, from 1
+    time               when the step ended, seconds since 1970 (UTC)
+    step_seconds       how long it took, without evaluation and checkpoints
+    epoch              how often the corpus that is used up fastest has been read since the stage began
     tokens             tokens consumed since the start of the run, counted or not
     loss               mean over the counted tokens of the global batch, in nats; null where it is not finite
     grad_norm          global gradient norm before clipping; null where it is not finite

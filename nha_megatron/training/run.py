@@ -10,26 +10,33 @@
 
 from __future__ import annotations
 
+import errno
 import gc
 import signal
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
-from nha_megatron.checkpoint import CheckpointSaver, Progress
+from nha_megatron.checkpoint import CheckpointError, CheckpointSaver, Progress
 from nha_megatron.checkpoint.collective import on_rank_zero
 from nha_megatron.checkpoint.files import step_directory, step_of, write_atomically
-from nha_megatron.config import RunConfig, save_resolved
+from nha_megatron.config import ConfigError, RunConfig, save_resolved
+from nha_megatron.config.notices import notices
 from nha_megatron.data.identity import data_identity
+from nha_megatron.data.repetition import describe_reading
 from nha_megatron.data.verify import CheckedFile
 from nha_megatron.engine.base import Engine
 from nha_megatron.engine.device import choose_device
-from nha_megatron.engine.layout import create_layout
+from nha_megatron.engine.layout import Layout, create_layout
+from nha_megatron.lock import Lock
 from nha_megatron.training.console import Console, print_line
 from nha_megatron.training.context import Job, TrainingContext
 from nha_megatron.training.data_check import check_data, describe_checked
 from nha_megatron.training.guards import TrainingError
+from nha_megatron.training.hardware import why_no_mfu
 from nha_megatron.training.loop import train
 from nha_megatron.training.metrics import MetricsLog
 from nha_megatron.training.reporter import Reporter
@@ -54,7 +61,12 @@ def pretrain(config: RunConfig) -> signal.Signals | None:
     prepared = False
     stopped_by = None
     identity = data_identity(config)
-    with StageData(config) as data:
+    with StageData(config) as data, run_lock(config, layout, say):
+        reading = describe_reading(config)
+        if (chip := why_no_mfu(layout.device)) is not None:
+            say(chip)
+        for line in [*(f"data: {line}" for line in reading.lines), *(f"warning: {text}" for text in [*reading.warnings, *notices(config)])]:
+            say(line)
         job = Job(config, data, identity, say)
         checkpoint = newest_checkpoint(config, layout, say)
         step = 0 if checkpoint is None else step_of(checkpoint)
@@ -85,6 +97,32 @@ def pretrain(config: RunConfig) -> signal.Signals | None:
     if joined_here:
         leave(layout.world, destroy_groups)
     return stopped_by
+
+
+@contextmanager
+def run_lock(config: RunConfig, layout: Layout, say: Callable[[str], None]) -> Iterator[None]:
+    """Keeps other runs out of this run's folders, while the block runs. Collective; rank 0 holds the locks (nha_megatron/lock.py)."""
+    folders = dict.fromkeys(path.resolve() for path in (Path(config.logging.directory), config.checkpoint_directory))
+    outer = [folder for folder in folders if not any(other in folder.parents for other in folders)]
+    with ExitStack() as held:
+
+        def acquire() -> list[str]:
+            return [warning for folder in outer if (warning := _lock_folder(folder, held)) is not None]
+
+        for warning in on_rank_zero(f"the lock of {outer[0]} cannot be taken", acquire, layout.world):
+            say(f"warning: {warning}")
+        yield
+
+
+def _lock_folder(folder: Path, held: ExitStack) -> str | None:
+    """Takes the folder's lock; returns a warning where the file system knows no locks of that kind."""
+    try:
+        held.enter_context(Lock(folder / ".lock", "another run writes into this folder"))
+    except ConfigError as error:
+        if isinstance(error.__cause__, OSError) and error.__cause__.errno in (errno.EPERM, errno.ENOTSUP, errno.ENOSYS):
+            return f"{folder}: its file system has no hard links, so nothing keeps a second run out of it"
+        raise CheckpointError(str(error)) from error
+    return None
 
 
 def prepare_folder(config: RunConfig, files: list[CheckedFile]) -> None:
