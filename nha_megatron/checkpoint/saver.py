@@ -123,11 +123,11 @@ class CheckpointSaver:
         if self._settings.asynchronous:
             waited = self._waited + now - started
             said += f"; training stood still {pending.began_in:.1f} s to copy the state and {waited:.1f} s for the disk"
-        self._say(said)
         for warning in pending.warnings:  # each once: what cannot be removed is met again at every save
             if warning not in self._warned:
                 self._say(f"warning: {warning}")
         self._warned.update(pending.warnings)
+        self._say(said)
 
     def _failed(self, error: CheckpointError, last: bool) -> None:
         self._failures += 1

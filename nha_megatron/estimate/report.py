@@ -116,7 +116,11 @@ def _memory_lines(memory: RankMemory) -> list[str]:
         "gradients": memory.gradients,
         "optimizer": memory.optimizer,
         "activations": memory.activations,
-        "output matrix and loss": memory.head,
+        **(
+            {"output matrix and loss": memory.head}
+            if memory.head >= memory.layer_backward
+            else {"backward of one layer": memory.layer_backward}
+        ),
     }
     detail = ", ".join(f"{name} {_size(size)}" for name, size in parts.items())
     return [f"{_size(memory.total)} on pipeline stage {memory.pipeline_stage}: {detail}", "without communication buffers and fragmentation"]

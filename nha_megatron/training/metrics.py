@@ -170,7 +170,7 @@ class TensorBoard:
 class WeightsAndBiases:
     """A Weights & Biases run named after the run's folder; a resumed run continues it."""
 
-    def __init__(self, directory: Path, configuration: dict[str, Any], every: int) -> None:
+    def __init__(self, directory: Path, configuration: dict[str, Any], every: int, offline: bool) -> None:
         try:
             import wandb
         except ImportError as error:
@@ -178,7 +178,18 @@ class WeightsAndBiases:
                 "logging.wandb is true, but the package wandb is not installed: `pip install wandb`, or set logging.wandb=false"
             ) from error
         name = directory.resolve().name
-        self._run = wandb.init(project="nha_megatron", name=name, id=name, resume="allow", dir=str(directory), config=configuration)
+        try:
+            self._run = wandb.init(
+                project="nha_megatron",
+                name=name,
+                id=name,
+                resume="allow",
+                dir=str(directory),
+                config=configuration,
+                mode="offline" if offline else None,
+            )
+        except wandb.errors.Error as error:  # no key, no network
+            raise ConfigError(f"logging.wandb: {error}; set logging.wandb=offline to report later, or logging.wandb=false") from error
         self._every = every
 
     def write(self, record: dict[str, Any]) -> None:
@@ -220,7 +231,7 @@ class MetricsLog:
         if logging.tensorboard:
             self._sinks["TensorBoard"] = TensorBoard(directory, resumed_step, logging.every)
         if logging.wandb:
-            self._sinks["Weights & Biases"] = WeightsAndBiases(directory, configuration, logging.every)
+            self._sinks["Weights & Biases"] = WeightsAndBiases(directory, configuration, logging.every, logging.wandb == "offline")
 
     def write(self, record: dict[str, Any]) -> None:
         for name, sink in self._sinks.items():
