@@ -30,6 +30,7 @@ class CheckpointSaver:
 
     Args:
         say: called on every rank with one line for the user.
+        published: called on every rank with a checkpoint that is complete and its step.
         alive: called while a slow disk is waited for, each time that bytes have moved.
     """
 
@@ -42,10 +43,11 @@ class CheckpointSaver:
         say: Callable[[str], None],
         alive: Callable[[], None] = lambda: None,
         data: dict[str, Any] | None = None,
+        published: Callable[[Path, int], None] = lambda path, step: None,
     ) -> None:
         self._root, self._engine, self._config, self._data = root, engine, config, data
         self._settings = settings
-        self._say, self._alive = say, alive
+        self._say, self._alive, self._published = say, alive, published
         self._pending: PendingSave | None = None
         self._failures = 0
         self._warned: set[str] = set()
@@ -128,6 +130,7 @@ class CheckpointSaver:
                 self._say(f"warning: {warning}")
         self._warned.update(pending.warnings)
         self._say(said)
+        self._published(path, pending.progress.step)
 
     def _failed(self, error: CheckpointError, last: bool) -> None:
         self._failures += 1

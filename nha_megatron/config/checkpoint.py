@@ -14,6 +14,9 @@ class CheckpointConfig(Section):
     """Steps between checkpoints; the end of the run is always saved."""
     keep: Positive = 2
     """Newest checkpoints that stay on disk."""
+    export_every: Positive | None = None
+    """Steps between exports to Hugging Face format, into `exported/step_N` of logging.directory; a multiple of `every`. A process of its
+    own on rank 0's host makes them from saved checkpoints, on the CPU, while training goes on. The end is exported too. null: none."""
     asynchronous: bool = False
     """Train on while a checkpoint is written, from a copy of the state in host memory. The last one of a run is waited for in any case."""
     attempts: Positive = 3

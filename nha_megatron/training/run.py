@@ -35,6 +35,7 @@ from nha_megatron.lock import Lock
 from nha_megatron.training.console import Console, print_line
 from nha_megatron.training.context import Job, TrainingContext
 from nha_megatron.training.data_check import check_data, describe_checked
+from nha_megatron.training.exports import BackgroundExport
 from nha_megatron.training.guards import TrainingError
 from nha_megatron.training.hardware import why_no_mfu
 from nha_megatron.training.loop import train
@@ -137,19 +138,26 @@ def run(job: Job, engine: Engine, progress: Progress, until: int) -> signal.Sign
     config, world = job.config, engine.layout.world
     resolved = config.model_dump(mode="json")
     reporter, say = None, job.say
+    published: Callable[[Path, int], None] = _ignore_published
     if engine.layout.rank == 0:
         console = Console(config.training.steps, config.logging.every)
         say = console.event
-        reporter = Reporter(MetricsLog(config.logging, resolved, progress.step, say), console)
+        exports = BackgroundExport(config, say)
+        published = exports.saved
+        reporter = Reporter(MetricsLog(config.logging, resolved, progress.step, say), console, exports)
 
     try:
         with StallWatch(world, config.training.stall_seconds) as watch:
-            saver = CheckpointSaver(config.checkpoint_directory, engine, resolved, config.checkpoint, say, watch.moved, job.identity)
+            saver = CheckpointSaver(
+                config.checkpoint_directory, engine, resolved, config.checkpoint, say, watch.moved, job.identity, published
+            )
             try:
                 stopped_by = train(TrainingContext(config, engine, job.data, reporter, saver, watch), progress, until)
             except TrainingError:  # on all ranks together; what is being written is from before
                 saver.settle()
                 raise
+        if reporter is not None and not stopped_by:
+            reporter.exports.finish()
         if stopped_by:
             say(f"stopped by {stopped_by.name} after step {progress.step}, which is saved: start again to continue")
         return stopped_by
@@ -163,6 +171,10 @@ def leave(world: dist.ProcessGroup, destroy_groups: bool) -> None:
     dist.barrier(group=world)
     if destroy_groups:
         dist.destroy_process_group()
+
+
+def _ignore_published(_: Path, __: int) -> None:
+    return None
 
 
 def _ignore(_: str) -> None:
