@@ -14,15 +14,8 @@ from .renamed import with_new_names
 # Sizes end up in 32-bit kernel arguments and collective counts; larger ones are a typing mistake.
 MAX_SIZE = 2**31 - 1
 
-
-def _whole(value: object) -> object:
-    """1e5 and 2.0 are whole numbers, which YAML calls floats; beyond 2^53 a float no longer says which."""
-    return int(value) if isinstance(value, float) and value.is_integer() and abs(value) <= 2**53 else value
-
-
-WholeNumber = Annotated[int, BeforeValidator(_whole)]
-Positive = Annotated[WholeNumber, Field(ge=1, le=MAX_SIZE)]
-NonNegative = Annotated[WholeNumber, Field(ge=0, le=MAX_SIZE)]
+Positive = Annotated[int, Field(ge=1, le=MAX_SIZE)]
+NonNegative = Annotated[int, Field(ge=0, le=MAX_SIZE)]
 PositiveReal = Annotated[float, Field(gt=0)]
 NonNegativeReal = Annotated[float, Field(ge=0)]
 

@@ -11,7 +11,15 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from .base import Positive, Section, WholeNumber
+from .base import Positive, Section
+
+
+def _whole(value: object) -> object:
+    # DeepSpeed's files write element counts as 5e8, which JSON and YAML read as a real number.
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+Elements = Annotated[Positive, BeforeValidator(_whole)]
 
 # Keys of DeepSpeed that the run's own sections decide, or that the engine does not do: what to do instead.
 _DECIDED_ELSEWHERE = {
@@ -49,23 +57,23 @@ class ZeroConfig(Section):
 
     stage: Literal[1, 2, 3]
     """What is sharded over data x context ranks: optimizer state (1), gradients too (2), weights too (3)."""
-    reduce_bucket_size: Positive | None = None
+    reduce_bucket_size: Elements | None = None
     """Gradient elements that are reduced at once."""
-    allgather_bucket_size: Positive | None = None
+    allgather_bucket_size: Elements | None = None
     """Weight elements that are gathered at once after the update, stages 1 and 2."""
     contiguous_gradients: bool = True
     """Copy gradients into one buffer as they are made."""
     overlap_comm: bool = False
     """Reduce gradients during the backward."""
-    sub_group_size: Positive | None = None
+    sub_group_size: Elements | None = None
     """Elements that the optimizer of stage 3 updates at once."""
-    stage3_prefetch_bucket_size: Positive | None = None
+    stage3_prefetch_bucket_size: Elements | None = None
     """Weight elements gathered ahead of the layer that needs them."""
-    stage3_param_persistence_threshold: Annotated[WholeNumber, Field(ge=0)] | None = None
+    stage3_param_persistence_threshold: Annotated[int, BeforeValidator(_whole), Field(ge=0)] | None = None
     """Weights with fewer elements stay whole on every rank."""
-    stage3_max_live_parameters: Positive | None = None
+    stage3_max_live_parameters: Elements | None = None
     """Weight elements that a rank holds at most before it lets some go."""
-    stage3_max_reuse_distance: Positive | None = None
+    stage3_max_reuse_distance: Elements | None = None
     """A weight that is needed again within so many elements is kept."""
 
     @model_validator(mode="before")

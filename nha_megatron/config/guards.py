@@ -4,7 +4,7 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
-from .base import NonNegative, NonNegativeReal, PositiveReal, Section, WholeNumber
+from .base import NonNegative, NonNegativeReal, PositiveReal, Section
 
 
 class GuardsConfig(Section):
@@ -12,7 +12,7 @@ class GuardsConfig(Section):
 
     renamed: ClassVar = {"guards.window": "guards.window_steps"}
 
-    window_steps: Annotated[WholeNumber, Field(ge=8, le=100_000)] = 64
+    window_steps: Annotated[int, Field(ge=8, le=100_000)] = 64
     """Steps that the guards look back: their window."""
     skip_limit: NonNegative = 5
     """Skipped steps allowed in a window. A step whose loss or gradient is not finite on any rank is skipped on all: its data is used

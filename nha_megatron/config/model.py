@@ -11,7 +11,7 @@ from pydantic_core import InitErrorDetails
 from nha_megatron.layers.pattern import DEFAULT_KIND, Layer, read_pattern
 from nha_megatron.layers.registry import kind_named, known_kinds
 
-from .base import NonNegativeReal, PathString, Positive, PositiveReal, Section, WholeNumber
+from .base import NonNegativeReal, PathString, Positive, PositiveReal, Section
 from .errors import ConfigError, raise_problems
 from .rope import inverse_frequencies, rope_problems
 
@@ -32,7 +32,7 @@ class ModelConfig(Section):
     # Sections of layer kinds are the only further keys: `_sections_of_kinds` refuses the others.
     model_config = ConfigDict(extra="allow")
 
-    num_layers: Annotated[WholeNumber, Field(ge=1, le=65536)]
+    num_layers: Annotated[int, Field(ge=1, le=65536)]
     """Transformer blocks."""
     hidden_size: Positive
     """Width of the residual stream, channels."""

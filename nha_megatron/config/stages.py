@@ -13,10 +13,10 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from .base import NonNegative, NonNegativeReal, PathString, Positive, PositiveReal, Section, WholeNumber
+from .base import NonNegative, NonNegativeReal, PathString, Positive, PositiveReal, Section
 from .data import Blend
 
-Tokens = Annotated[WholeNumber, Field(ge=1, lt=2**62)]
+Tokens = Annotated[int, Field(ge=1, lt=2**62)]
 
 
 class StageSchedule(Section):

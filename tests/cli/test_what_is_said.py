@@ -83,12 +83,13 @@ def test_paths_are_expanded_or_refused(file: Path, monkeypatch: pytest.MonkeyPat
         with_overrides(config, ["data.path=~nobody-here/x"])
 
 
-@pytest.mark.parametrize(("text", "steps"), [("1e5", 100_000), ("100000.0", 100_000), ("2.5e1", 25)])
+@pytest.mark.parametrize(("text", "steps"), [("1e5", 100_000), ("1.0E+5", 100_000), ("2.5e1", 25)])
 def test_a_whole_number_may_be_written_as_a_real_one(file: Path, text: str, steps: int) -> None:
     value = load_config(file, [f"training.steps={text}"]).training.steps
     assert type(value) is int and value == steps
     with pytest.raises(ConfigError, match=r"given 1\.5, must be a whole number"):
         load_config(file, ["training.steps=1.5"])
+    assert load_config(file, ["optimizer.lr=1e0"]).optimizer.lr == 1.0
 
 
 class Unencodable(io.TextIOWrapper):
