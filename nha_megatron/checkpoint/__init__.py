@@ -9,11 +9,12 @@ shards.py         a rank's share: planned by Megatron, written by a thread
 write.py          one checkpoint: all ranks write, rank 0 publishes
 saver.py          a run's checkpoints: in the background or not, what a failure and a slow disk do
 verify_report.py  what the command `verify` prints
+changes.py        what a configuration changes of the run that it continues
 load.py           resume a run, or start one from weights
 weights.py        all weights of a model in one process, for export
 """
 
-from nha_megatron.checkpoint.files import resolve
+from nha_megatron.checkpoint.files import SaveError, resolve
 from nha_megatron.checkpoint.load import find_newest, load_checkpoint, load_weights
 from nha_megatron.checkpoint.manifest import CheckpointError, Manifest, read_manifest, verify
 from nha_megatron.checkpoint.saver import CheckpointSaver
@@ -27,6 +28,7 @@ __all__ = [
     "CheckpointSaver",
     "Manifest",
     "Progress",
+    "SaveError",
     "VerifyReport",
     "find_newest",
     "load_checkpoint",

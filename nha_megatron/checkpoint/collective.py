@@ -38,13 +38,6 @@ def on_rank_zero(failure: str, action: Callable[[], _T], group: dist.ProcessGrou
     return cast(_T, result)
 
 
-def from_rank_zero(value: Any, group: dist.ProcessGroup) -> Any:
-    """The value of rank 0 of `group`, on all its ranks. Network file systems show new names at different times: one rank looks for all."""
-    box = [value]
-    dist.broadcast_object_list(box, group_src=0, group=group)
-    return box[0]
-
-
 def sum_over_ranks(values: list[int], device: torch.device, group: dist.ProcessGroup) -> list[int]:
     """Each number summed over the ranks of `group`."""
     total = torch.tensor(values, dtype=torch.int64, device=device)

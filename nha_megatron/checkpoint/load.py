@@ -11,16 +11,15 @@ import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.dist_checkpointing.validation import StrictHandling
-from pydantic import ValidationError
 from torch.distributed.checkpoint import CheckpointException
 
-from nha_megatron.checkpoint.collective import from_rank_zero, on_rank_zero
-from nha_megatron.checkpoint.files import CheckpointError, prepare_root, published_steps, step_directory
+from nha_megatron.checkpoint.changes import in_full
+from nha_megatron.checkpoint.collective import on_rank_zero
+from nha_megatron.checkpoint.files import LATEST, CheckpointError, prepare_root, published_steps, set_aside, step_directory
 from nha_megatron.checkpoint.manifest import Manifest, read_manifest, verify
 from nha_megatron.checkpoint.safety import require_plain_data
 from nha_megatron.checkpoint.state import Progress, restore_rng, rng_for_loading
 from nha_megatron.checkpoint.weights import CheckpointWeights
-from nha_megatron.config import RunConfig
 from nha_megatron.config.stages import begun_stages
 from nha_megatron.data.identity import data_changes
 from nha_megatron.engine.base import Engine
@@ -38,21 +37,43 @@ _FIXED_IN_A_RUN = {
 _FREE_IN_MODEL = ("init_from", "init_std")
 
 
-def find_newest(root: Path, report: Callable[[str], None], group: dist.ProcessGroup) -> Path | None:
+def find_newest(root: Path, report: Callable[[str], None], group: dist.ProcessGroup, fresh: bool = False) -> Path | None:
     """The newest sound checkpoint below `root`, or None. Collective over `group`, all of whose ranks get the same answer.
 
     Leftovers of a crash are removed. Checkpoints that are damaged or unsafe to read are skipped, and `report`ed in one line each.
+    When there are some and none is sound, raises `CheckpointError`; with `fresh` they are set aside instead, and the answer is None.
     """
-    on_rank_zero(f"checkpoint.path {root} cannot be used", lambda: prepare_root(root), group)
-    for step in reversed(from_rank_zero(published_steps(root), group)):
+    unusable = f"checkpoint.path {root} cannot be used"
+    for warning in on_rank_zero(unusable, lambda: prepare_root(root), group):
+        report(f"warning: {warning}")
+    steps, has_latest = on_rank_zero(unusable, lambda: (published_steps(root), (root / LATEST).is_file()), group)
+    problems = []
+    for step in reversed(steps):
         directory = step_directory(root, step)
         try:
             verify(directory, group)
             on_rank_zero(f"checkpoint {directory} cannot be read", partial(_require_safe, directory), group)
             return directory
         except CheckpointError as error:
+            problems.append(str(error))
             report(f"skipped: {error}")
+    if not fresh and (steps or has_latest):
+        raise CheckpointError(_none_loads(root, problems))
+    for path in on_rank_zero(unusable, lambda: [*map(str, set_aside(root, steps))], group):
+        report(f"set aside as {path}")
     return None
+
+
+def _none_loads(root: Path, problems: list[str]) -> str:
+    if problems:
+        found = f"{root} holds {len(problems)} checkpoint{'s' * (len(problems) > 1)}, and none can be loaded: {'; '.join(problems[:3])}"
+        found += " ..." if problems[3:] else ""
+    else:
+        found = f"{root} has a file `{LATEST}`, but no checkpoint: they were deleted, or lie where this machine does not see them"
+    return (
+        f"{found}. No checkpoint was changed. Put them back, make them readable, or choose another logging.directory; "
+        "checkpoint.resume=fresh begins at step 0 and sets them aside"
+    )
 
 
 def load_checkpoint(directory: Path, engine: Engine, config: dict[str, Any], data: dict[str, Any] | None = None) -> Progress:
@@ -110,7 +131,7 @@ def require_same_run(directory: Path, saved: dict[str, Any], current: dict[str, 
     """Raises `CheckpointError` listing the settings in which a run differs from the checkpoint, of step `step`, that it is to continue."""
     differences = []
     for section, names in _FIXED_IN_A_RUN.items():
-        before, now = (_in_full(section, config.get(section, {})) for config in (saved, current))
+        before, now = (in_full(section, config.get(section, {})) for config in (saved, current))
         for name in names or sorted(set(before) | set(now)):
             if section == "model" and name in _FREE_IN_MODEL:
                 continue
@@ -125,16 +146,6 @@ def require_same_run(directory: Path, saved: dict[str, Any], current: dict[str, 
             f"this run cannot continue from {directory}: {'; '.join(differences)}. "
             "Set them back, or start a new run in another logging.directory (model.init_from takes over the weights)"
         )
-
-
-def _in_full(section: str, values: dict[str, Any]) -> dict[str, Any]:
-    """A saved section as today's configuration writes it: renamed fields under their new names, new ones with their defaults."""
-    schema: Any = RunConfig.model_fields[section].annotation
-    try:
-        plain: dict[str, Any] = schema.model_validate(values).model_dump(mode="json")
-    except ValidationError:  # of another version of this system: compared as it is
-        return values
-    return plain
 
 
 def require_same_data(directory: Path, manifest: Manifest, data: dict[str, Any]) -> None:

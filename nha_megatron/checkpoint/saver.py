@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from nha_megatron.checkpoint.files import CheckpointError
+from nha_megatron.checkpoint.files import CheckpointError, SaveError
 from nha_megatron.checkpoint.host_memory import HostMemory
 from nha_megatron.checkpoint.state import Progress
 from nha_megatron.checkpoint.write import PendingSave
@@ -26,10 +26,11 @@ class CheckpointSaver:
         saver.save(progress, last=True)  before the run ends: returns when it is published
 
     A save that fails is reported and training goes on, because the next one may find the disk repaired; the run ends with
-    `CheckpointError` after `settings.attempts` failures in a row, and when its last save fails.
+    `SaveError` after `settings.attempts` failures in a row, and when its last save fails.
 
     Args:
         say: called on every rank with one line for the user.
+        published: called on every rank with a checkpoint that is complete and its step.
         alive: called while a slow disk is waited for, each time that bytes have moved.
     """
 
@@ -42,12 +43,14 @@ class CheckpointSaver:
         say: Callable[[str], None],
         alive: Callable[[], None] = lambda: None,
         data: dict[str, Any] | None = None,
+        published: Callable[[Path, int], None] = lambda path, step: None,
     ) -> None:
         self._root, self._engine, self._config, self._data = root, engine, config, data
         self._settings = settings
-        self._say, self._alive = say, alive
+        self._say, self._alive, self._published = say, alive, published
         self._pending: PendingSave | None = None
         self._failures = 0
+        self._warned: set[str] = set()
         self._memory = HostMemory() if settings.asynchronous else None
         self._waited = 0.0  # seconds that training stood still for the pending save, after it had begun
 
@@ -122,10 +125,15 @@ class CheckpointSaver:
         if self._settings.asynchronous:
             waited = self._waited + now - started
             said += f"; training stood still {pending.began_in:.1f} s to copy the state and {waited:.1f} s for the disk"
+        for warning in pending.warnings:  # each once: what cannot be removed is met again at every save
+            if warning not in self._warned:
+                self._say(f"warning: {warning}")
+        self._warned.update(pending.warnings)
         self._say(said)
+        self._published(path, pending.progress.step)
 
     def _failed(self, error: CheckpointError, last: bool) -> None:
         self._failures += 1
         if last or self._failures >= self._settings.attempts:
-            raise error
+            raise SaveError(str(error)) from error
         self._say(f"warning: {error}. Training goes on; failure {self._failures} of {self._settings.attempts} in a row ends it")

@@ -81,6 +81,8 @@ class PendingSave:
         self._writer = ShardWriter(state, self._partial, copy and engine.device.type == "cpu", memory)
         self._writer.start()
         self.began_in = time.perf_counter() - self.started  # seconds
+        self.warnings: list[str] = []
+        """After `finish`: what of the folders around the checkpoint could not be changed. The checkpoint itself is sound."""
 
     def advance(self) -> tuple[bool, int, int]:
         """(all ranks have ended writing, bytes written by now, bytes in all), the same on every rank."""
@@ -96,20 +98,25 @@ class PendingSave:
         own = self._writer.result()
         shares: list[Written] = [own] * self._group.size()
         dist.gather_object(own, shares if self._group.rank() == 0 else None, group_dst=0, group=self._group)
-        on_rank_zero(f"checkpoint {self.path} could not be written", lambda: self._publish(shares), self._group)
-        failure = f"checkpoint {self.path} is saved, but `latest` or older ones could not be changed"
-        on_rank_zero(failure, lambda: self._tidy(keep), self._group)
+        published = on_rank_zero(f"checkpoint {self.path} could not be written", lambda: self._publish(shares), self._group)
+        self.warnings = published + on_rank_zero("", lambda: self._tidy(keep), self._group)
         return self.path
 
-    def _tidy(self, keep: int) -> None:
-        write_latest(self._root, self.progress.step)
-        retain(self._root, keep, self.progress.step)
+    def _tidy(self, keep: int) -> list[str]:
+        """On rank 0. The checkpoint is saved: nothing that fails now ends the run."""
+        warnings = []
+        for action in (lambda: write_latest(self._root, self.progress.step), lambda: retain(self._root, keep, self.progress.step)):
+            try:
+                warnings += action() or []
+            except OSError as error:
+                warnings.append(f"checkpoint {self.path} is saved, but `latest` or older ones could not be changed: {reason_of(error)}")
+        return warnings
 
-    def _publish(self, shares: list[Written]) -> None:
-        """On rank 0. Whatever it raises, the half-written folder is gone."""
+    def _publish(self, shares: list[Written]) -> list[str]:
+        """On rank 0; returns warnings. Whatever it raises, the half-written folder is gone."""
         try:
             self._complete(shares)
-            publish(self._partial, self.path)
+            return publish(self._partial, self.path)
         except Exception as error:
             shutil.rmtree(self._partial, ignore_errors=True)
             if isinstance(error, OSError):

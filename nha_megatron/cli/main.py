@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import io
+import os
 import sys
 from collections.abc import Sequence
 
@@ -21,10 +23,16 @@ COMMANDS: dict[str, Command] = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one subcommand; returns the exit status (`nha_megatron.exit_status`)."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a path that the terminal's encoding lacks is no reason to end
     words = list(sys.argv[1:] if argv is None else argv)
     name = words[0] if words else ""
     if name in COMMANDS:
-        return run_command(COMMANDS[name], words[1:], f"{PROGRAM} {name}")
+        try:
+            return run_command(COMMANDS[name], words[1:], f"{PROGRAM} {name}")
+        finally:
+            _let_go_of_output()
     parser = overview()
     if name.startswith("-"):
         parser.parse_args(words)  # --help, --version, or an option that it refuses
@@ -32,6 +40,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(f"name a command: {', '.join(COMMANDS)}")
     close = difflib.get_close_matches(name, COMMANDS, n=1)
     parser.error(f"unknown command {name!r}; " + (f"did you mean {close[0]!r}?" if close else f"allowed: {', '.join(COMMANDS)}"))
+
+
+def _let_go_of_output() -> None:
+    """A console that takes no more (a full disk, a closed pipe) would turn the exit status into Python's 120."""
+    try:
+        sys.stdout.flush()
+    except (OSError, ValueError):
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
 
 
 def overview() -> argparse.ArgumentParser:

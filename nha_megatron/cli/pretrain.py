@@ -4,7 +4,7 @@ import argparse
 import os
 
 from nha_megatron.cli.command import add_config_arguments, report_error
-from nha_megatron.exit_status import COMPLETE, GIVEN_UP, STOPPED, pass_on
+from nha_megatron.exit_status import COMPLETE, FAILED, GIVEN_UP, STOPPED, pass_on
 
 NAME = "pretrain"
 HELP = "train, or go on from the newest checkpoint; for several ranks run it under torchrun or another launcher"
@@ -28,6 +28,7 @@ def run(arguments: argparse.Namespace) -> int:
     config.check_world(int(os.environ.get("WORLD_SIZE", "1")))
     require_inputs(config)
     silence_known_warnings()
+    from nha_megatron.checkpoint import SaveError
     from nha_megatron.training.guards import TrainingError
     from nha_megatron.training.run import pretrain
 
@@ -36,4 +37,7 @@ def run(arguments: argparse.Namespace) -> int:
     except TrainingError as error:
         report_error(error)
         return pass_on(GIVEN_UP)
+    except SaveError as error:
+        report_error(error)
+        return FAILED
     return pass_on(STOPPED if stopped_by else COMPLETE)

@@ -1,5 +1,7 @@
 """What all sections of a run configuration share: strict, closed, immutable."""
 
+import os
+import re
 from collections.abc import Mapping
 from functools import cached_property
 from typing import Annotated, Any, ClassVar, Self, TypeVar
@@ -18,12 +20,27 @@ PositiveReal = Annotated[float, Field(gt=0)]
 NonNegativeReal = Annotated[float, Field(ge=0)]
 
 
+_VARIABLE = re.compile(r"\$(?:([A-Za-z_]\w*)|\{([A-Za-z_]\w*)\})", re.ASCII)
+
+
 def _usable_path(path: str) -> str:
     if not path.strip():
         raise ValueError("given an empty path; write a path, or null where the field is optional")
     if "\0" in path:
         raise ValueError("the path contains a NUL character, which no file system allows; remove it")
-    return path
+    return _expanded(path)
+
+
+def _expanded(path: str) -> str:
+    """`~` and `$NAME` or `${NAME}` as a shell replaces them: nobody means a folder of that name. `./~` and a `$` before no name stay."""
+    absent = [name for found in _VARIABLE.finditer(path) if (name := found[1] or found[2]) not in os.environ]
+    if absent:
+        raise ValueError(f"given {path!r}, but the environment has no variable {absent[0]}; set it, or write the path out")
+    whole = os.path.expanduser(_VARIABLE.sub(lambda found: os.environ[found[1] or found[2]], path))
+    if whole.startswith("~"):
+        user = whole.split("/", 1)[0]
+        raise ValueError(f"given {path!r}, but there is no user {user[1:]!r} here; write the path out (./{user} is a folder of that name)")
+    return whole
 
 
 PathString = Annotated[str, AfterValidator(_usable_path)]

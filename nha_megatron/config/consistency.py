@@ -10,6 +10,7 @@ from typing import Any
 
 from nha_megatron.layers.kind import RankShape
 
+from .checkpoint import CheckpointConfig
 from .data import DataConfig
 from .engines import settings_without_engine
 from .gradient_fusion import fusion_problems
@@ -44,6 +45,7 @@ def problems(sections: Mapping[str, Any]) -> list[str]:
             _batch_tokens,
             _schedule_sizes,
             _validation,
+            _exports,
             settings_without_engine,
             fusion_problems,
         ],
@@ -141,6 +143,14 @@ def _schedule_sizes(training: TrainingConfig, optimizer: OptimizerConfig) -> Ite
 def _validation(data: DataConfig, training: TrainingConfig) -> Iterator[str]:
     if training.validate_every is not None and data.validation is None:
         yield "training.validate_every is given, but data.validation is not; name the validation token files or remove validate_every"
+
+
+def _exports(checkpoint: CheckpointConfig) -> Iterator[str]:
+    if checkpoint.export_every is not None and checkpoint.export_every % checkpoint.every:
+        yield (
+            f"checkpoint.export_every {checkpoint.export_every} is not a multiple of checkpoint.every {checkpoint.every}, and exports are "
+            "made from checkpoints; change one of them"
+        )
 
 
 def world_problems(training: TrainingConfig, parallel: ParallelConfig, data_size: int) -> list[str]:

@@ -14,7 +14,7 @@ from .errors import ConfigError, problems_message
 from .messages import models_in, validation_messages
 from .renamed import last_part, notice
 from .run import RunConfig
-from .yaml_text import read_yaml, write_yaml
+from .yaml_text import read_value, read_yaml, write_yaml
 
 
 def load_config(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> RunConfig:
@@ -110,7 +110,7 @@ def _apply_override(data: dict[str, Any], override: str) -> None:
         example = f"{homes[0]}.{keys[0]}={text}" if homes else "training.steps=100"
         raise ConfigError(f"override {override!r}: write section.key=value, such as {example}")
     try:
-        value = read_yaml(text)
+        value = read_value(text)
     except ConfigError as error:
         raise ConfigError(f"override {override!r}: {error}") from None
     target: Any = data

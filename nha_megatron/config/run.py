@@ -18,6 +18,7 @@ from .logging import LoggingConfig
 from .model import ModelConfig
 from .optimizer import OptimizerConfig
 from .parallel import ParallelConfig
+from .profiler import ProfilerConfig
 from .stage_plan import Stage, group_into_phases, plan_stages
 from .training import TrainingConfig
 
@@ -33,6 +34,7 @@ class RunConfig(Section):
     checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)
     guards: GuardsConfig = Field(default_factory=GuardsConfig)
     logging: LoggingConfig
+    profiler: ProfilerConfig = Field(default_factory=ProfilerConfig)
 
     @model_validator(mode="after")
     def _consistent(self) -> "RunConfig":
@@ -82,6 +84,9 @@ class RunConfig(Section):
             parallel = stage.config.parallel
             found = consistency.world_problems(stage.config.training, parallel, parallel.data(world_size))
             problems += found if stage.number == 1 else [f"training.stages.{stage.number - 2}: {problem}" for problem in found]
+        beyond = [rank for rank in self.profiler.ranks if rank >= world_size]
+        if self.profiler.start is not None and beyond:
+            problems.append(f"profiler.ranks has {beyond[0]}, but ranks are 0 to {world_size - 1}; name some of these")
         if problems:
             raise ConfigError(problems_message(f"world size {world_size}", problems))
         return self.parallel.data(world_size)

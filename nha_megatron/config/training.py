@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from .base import NonNegative, Positive, Section
+from .base import NonNegative, NonNegativeReal, Positive, Section
 from .deepspeed import DeepSpeedSettings
 from .stages import StageConfig
 
@@ -30,6 +30,9 @@ class TrainingConfig(Section):
     gradient_accumulation_fusion: Literal["auto", True, False] = "auto"
     """Add weight gradients to the fp32 gradient inside the matrix product: on CUDA, with an extension of NVIDIA Apex. auto: where it is
     installed."""
+    z_loss: NonNegativeReal = 0.0
+    """Factor of log(Z)^2, Z the denominator of a token's softmax over the vocabulary: keeps the logits from drifting. 0: none; 1e-4 is
+    usual. Losses are reported without it."""
     engine: Literal["megatron", "deepspeed"] = "megatron"
     """Who owns the optimizer, gradient reduction and precision."""
     deepspeed: DeepSpeedSettings | None = None

@@ -1,7 +1,7 @@
 """The YAML that configurations are written in: plain data only, without the surprises of YAML 1.1.
 
 Against PyYAML's safe loader, duplicate keys are refused, and numbers are those of YAML 1.2: 3e-4 is a number and not a text, 010 is no
-octal 8, and 1:30 is no 90.
+octal 8, and 1:30 is no 90. What has an exponent and no fraction is a whole number.
 """
 
 import re
@@ -32,6 +32,15 @@ class _Loader(yaml.SafeLoader):
                     raise ConfigError(f"key {key.value!r} stands twice, in lines {seen[key.value]} and {line}; remove one")
                 seen[key.value] = line
         return super().construct_mapping(node, deep)
+
+
+def _number(loader: _Loader, node: yaml.ScalarNode) -> int | float:
+    """1e5 and 2.5e4 are whole numbers, as a user means who writes steps so; 4.0 is none."""
+    value: float = loader.construct_yaml_float(node)
+    return int(value) if "e" in node.value.lower() and value.is_integer() and abs(value) <= 2**53 else value
+
+
+_Loader.add_constructor(_FLOAT, _number)
 
 
 class _Dumper(yaml.SafeDumper):
@@ -65,6 +74,20 @@ def read_yaml(text: str) -> Any:
         raise ConfigError(f"not valid YAML{where}: {what}") from None
     except (ValueError, RecursionError) as error:  # numbers of thousands of digits; brackets nested a thousand deep
         raise ConfigError(f"not valid YAML: {error}") from None
+
+
+def read_value(text: str) -> Any:
+    """The value of an override, as `read_yaml`; but `#` begins no comment: nobody writes one on a command line, and half a path is none."""
+    value = read_yaml(text)
+    if "#" not in text:
+        return value
+    node = yaml.compose(text, Loader=_Loader)
+    rest = text if node is None else text[node.end_mark.index :]
+    if not rest.strip():
+        return value
+    if node is None or (isinstance(node, yaml.ScalarNode) and node.style is None):
+        return text.strip()
+    raise ConfigError(f"{rest.strip()!r} would be a comment; remove it")
 
 
 def write_yaml(data: Any) -> str:

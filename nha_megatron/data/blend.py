@@ -32,6 +32,11 @@ class Blend:
         self._sums = [sum(self._weights[:i], Fraction(0)) for i in range(len(weights) + 1)]
 
     @property
+    def shares(self) -> list[float]:
+        """The weights, of sum 1."""
+        return [float(weight / self._sums[-1]) for weight in self._weights]
+
+    @property
     def depth(self) -> int:
         return (len(self._weights) - 1).bit_length()
 

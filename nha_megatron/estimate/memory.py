@@ -7,7 +7,9 @@ An estimate from sizes alone. Assumed:
 - under the DeepSpeed engine, sharded over the same ranks too: gradients from ZeRO stage 2 on, weights at stage 3. At stage 1 in bf16
   gradients exist in both precisions;
 - 1F1B or interleaved micro batches in flight, as Megatron's schedules keep them;
-- a loss that takes tokens a chunk at a time (model/chunked_loss.py): the logits of one chunk, and the gradients it has before the backward.
+- a loss that takes tokens a chunk at a time (model/chunked_loss.py): the logits of one chunk, and the gradients it has before the backward;
+- the backward of one layer, whose widest moment is that of the MLP's activation. The loss is over by then: the larger of the two counts.
+tests/estimate/test_measured.py holds it to what training runs needed.
 Not counted: communication buffers, layers whose weights ZeRO 3 has gathered, the allocator's fragmentation, the CUDA context, kernel
 workspaces.
 """
@@ -33,10 +35,13 @@ class RankMemory:
     optimizer: int
     activations: int
     head: int
+    """Output matrix and loss, in the forward."""
+    layer_backward: int
+    """What the backward of one layer needs beside what was kept for it."""
 
     @property
     def total(self) -> int:
-        return self.weights + self.gradients + self.optimizer + self.activations + self.head
+        return self.weights + self.gradients + self.optimizer + self.activations + max(self.head, self.layer_backward)
 
 
 def estimate_memory(config: RunConfig, world_size: int) -> RankMemory:
@@ -94,6 +99,18 @@ def head_bytes(config: RunConfig) -> int:
     return logits + hidden + columns * model.hidden_size * copies
 
 
+def layer_backward_bytes(config: RunConfig) -> int:
+    """Bytes of the backward of one layer at its widest moment, beside what was kept for it.
+
+    When the MLP's activation is differentiated there are the gradients of its product and of [gate | up], one temporary of its width, and
+    the gradient of the residual stream; the product itself has gone.
+    """
+    model, rank = config.model, config.rank_shape
+    residual_tokens = rank.tokens // rank.tensor if rank.sequence_parallel else rank.tokens
+    mlp = (1 + 2 + 1 - 1) * model.ffn_hidden_size * rank.element_bytes
+    return rank.tokens * mlp // rank.tensor + residual_tokens * model.hidden_size * rank.element_bytes
+
+
 def _rank_memory(config: RunConfig, world_size: int, pipeline_stage: int) -> RankMemory:
     model, parallel, training = config.model, config.parallel, config.training
     parameters = rank_parameters(model, parallel, pipeline_stage)
@@ -109,6 +126,7 @@ def _rank_memory(config: RunConfig, world_size: int, pipeline_stage: int) -> Ran
         optimizer=parameters * state // shards,
         activations=_activations(config, world_size, pipeline_stage),
         head=head_bytes(config) if pipeline_stage == parallel.pipeline - 1 else 0,
+        layer_backward=layer_backward_bytes(config),
     )
 
 

@@ -7,8 +7,10 @@ from nha_megatron.config.gradient_fusion import expected_fusion
 from nha_megatron.config.inputs import missing_inputs
 from nha_megatron.config.load import dump_config
 from nha_megatron.config.model import ModelConfig
+from nha_megatron.config.notices import notices
 from nha_megatron.config.run import RunConfig
 from nha_megatron.config.stage_plan import Stage
+from nha_megatron.data.repetition import describe_reading
 from nha_megatron.estimate.counts import flops_per_token, num_parameters, state_bytes
 from nha_megatron.layers.pattern import DEFAULT_KIND, describe_runs
 
@@ -33,6 +35,9 @@ def check_report(config: RunConfig, world_size: int | None = None) -> str:
             f"{name}batches and messages": _stage_lines(stage, world),
             f"{name}memory of the fullest rank, estimated": _memory_lines(estimate_memory(stage.config, world)),
         }
+    reading = describe_reading(config)
+    facts["data"] = reading.lines
+    facts["worth knowing"] = [*reading.warnings, *notices(config)]
     facts["gradient accumulation fusion"] = [expected_fusion(config.training)]
     facts["not found (needed before pretrain)"] = missing_inputs(config)
     comments = [line for title, lines in facts.items() if lines for line in ("#", f"# {title}", *(f"#   {line}" for line in lines))]
@@ -120,7 +125,11 @@ def _memory_lines(memory: RankMemory) -> list[str]:
         "gradients": memory.gradients,
         "optimizer": memory.optimizer,
         "activations": memory.activations,
-        "output matrix and loss": memory.head,
+        **(
+            {"output matrix and loss": memory.head}
+            if memory.head >= memory.layer_backward
+            else {"backward of one layer": memory.layer_backward}
+        ),
     }
     detail = ", ".join(f"{name} {_size(size)}" for name, size in parts.items())
     return [f"{_size(memory.total)} on pipeline stage {memory.pipeline_stage}: {detail}", "without communication buffers and fragmentation"]

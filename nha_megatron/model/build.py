@@ -91,6 +91,7 @@ def build_model(
         with device:
             model = LanguageModel(
                 real_vocab_size=config.model.vocab_size,
+                z_loss=config.training.z_loss,
                 config=megatron_config,
                 transformer_layer_spec=spec,
                 vocab_size=config.model.padded_vocab_size,

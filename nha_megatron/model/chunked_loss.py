@@ -34,6 +34,7 @@ def linear_cross_entropy(
     chunk_tokens: int,
     tp_group: dist.ProcessGroup,
     sequence_parallel: bool,
+    z_loss: float = 0.0,
 ) -> Tensor:
     """Cross entropy of the next token over the real vocabulary, summed over the tokens that count.
 
@@ -46,12 +47,14 @@ def linear_cross_entropy(
         chunk_tokens: tokens whose logits are held at once, over all rows and ranks of a row.
         tp_group: the ranks that share the vocabulary.
         sequence_parallel: whether they also share the tokens of `hidden`.
+        z_loss: factor of log(Z)^2 of every token that counts, Z its softmax's denominator (Chowdhery et al. 2022, PaLM). The gradients are
+            those of cross entropy and this term; the value is cross entropy alone, so that losses compare whatever the factor.
 
     Returns:
         The sum, a scalar in fp32, the same on all TP ranks. Its gradients can be taken once, and not differentiated again.
     """
     # Inside an autograd function gradients are always off, so it cannot see for itself whether anybody will ask for them.
-    arguments = (hidden, weight, labels, loss_mask, vocab_size, chunk_tokens, tp_group, sequence_parallel, torch.is_grad_enabled())
+    arguments = (hidden, weight, labels, loss_mask, vocab_size, chunk_tokens, tp_group, sequence_parallel, z_loss, torch.is_grad_enabled())
     return _LinearCrossEntropy.apply(*arguments)
 
 
@@ -67,6 +70,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         chunk_tokens: int,
         tp_group: dist.ProcessGroup,
         sequence_parallel: bool,
+        z_loss: float,
         with_gradients: bool,
     ) -> Tensor:
         parts = tp_group.size() if sequence_parallel else 1
@@ -81,7 +85,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             own = slice(start, start + step)
             chunk = _gather(hidden[own], tp_group, parts).flatten(0, 1)
             mask = loss_mask[:, own].flatten()
-            losses_chunk, grad_logits = _cross_entropy(chunk @ weight.t(), labels[:, own].flatten(), mask, vocab_size, tp_group)
+            losses_chunk, grad_logits = _cross_entropy(chunk @ weight.t(), labels[:, own].flatten(), mask, vocab_size, tp_group, z_loss)
             losses[:, own] = losses_chunk.view(parts, -1, batch)
             if grad_hidden is None and grad_weight is None:
                 continue
@@ -104,10 +108,12 @@ class _LinearCrossEntropy(torch.autograd.Function):
             grad_hidden.mul_(grad_loss)
         if grad_weight is not None:
             grad_weight = grad_weight.mul_(grad_loss).to(ctx.weight_dtype)
-        return grad_hidden, grad_weight, *[None] * 7
+        return grad_hidden, grad_weight, *[None] * 8
 
 
-def _cross_entropy(logits: Tensor, labels: Tensor, mask: Tensor, vocab_size: int, tp_group: dist.ProcessGroup) -> tuple[Tensor, Tensor]:
+def _cross_entropy(
+    logits: Tensor, labels: Tensor, mask: Tensor, vocab_size: int, tp_group: dist.ProcessGroup, z_loss: float
+) -> tuple[Tensor, Tensor]:
     """Losses [c] before the mask, and the gradient of their masked sum by the logits [c, V / tp], in fp32. Overwrites fp32 logits."""
     columns = logits.shape[-1]
     first = tp_group.rank() * columns
@@ -129,7 +135,10 @@ def _cross_entropy(logits: Tensor, labels: Tensor, mask: Tensor, vocab_size: int
     total, label_logit = sums
     losses = total.log() - label_logit
 
-    grad_logits = probabilities.mul_((mask / total).unsqueeze(-1))
+    scale = mask / total
+    if z_loss:  # d log(Z)^2 / d logits = 2 log(Z) softmax, Z of the logits before the maximum was subtracted
+        scale = scale * (1 + 2 * z_loss * (total.log() + maximum))
+    grad_logits = probabilities.mul_(scale.unsqueeze(-1))
     grad_logits[torch.arange(labels.numel(), device=labels.device), column] -= mask * ours
     return losses, grad_logits
 

@@ -18,10 +18,12 @@ class LanguageModel(GPTModel):
 
     Args:
         real_vocab_size: tokens of the tokenizer; the columns of `vocab_size` beyond it are padding.
+        z_loss: factor of the squared logarithm of the softmax's denominator, in the gradients alone (`linear_cross_entropy`).
     """
 
-    def __init__(self, *, real_vocab_size: int, **options: Any) -> None:
+    def __init__(self, *, real_vocab_size: int, z_loss: float = 0.0, **options: Any) -> None:
         super().__init__(**options)
+        self.z_loss = z_loss
         self.real_vocab_size = real_vocab_size
 
     def _postprocess(self, hidden_states: Tensor, *, labels: Tensor | None, loss_mask: Tensor | None = None, **options: Any) -> Tensor:
@@ -39,4 +41,5 @@ class LanguageModel(GPTModel):
             chunk_tokens=logit_chunk_tokens(self.vocab_size // tp_group.size()),
             tp_group=tp_group,
             sequence_parallel=self.output_layer.sequence_parallel,
+            z_loss=self.z_loss,
         )

@@ -6,6 +6,25 @@ import sys
 from typing import Any, TextIO
 
 
+def write_text(stream: TextIO, text: str) -> None:
+    """Writes and flushes. What the stream cannot encode is escaped, and what it cannot take (a full disk, a closed pipe) is lost: no run
+    ends for a line on the console."""
+    try:
+        try:
+            stream.write(text)
+        except UnicodeEncodeError:
+            encoding = stream.encoding or "ascii"
+            stream.write(text.encode(encoding, "backslashreplace").decode(encoding))
+        stream.flush()
+    except (OSError, ValueError):
+        return
+
+
+def print_line(text: str) -> None:
+    """`print` that never raises."""
+    write_text(sys.stdout, text + "\n")
+
+
 class Console:
     """Writes progress to a stream.
 
@@ -28,23 +47,18 @@ class Console:
         line = progress_line(record, self._total, seconds_left)
         if self._live:
             # Spaces up to the length of the line before erase its tail.
-            self._stream.write("\r" + line.ljust(self._pending))
+            write_text(self._stream, "\r" + line.ljust(self._pending))
             self._pending = len(line)
         else:
-            self._stream.write(line + "\n")
-        self._stream.flush()
+            write_text(self._stream, line + "\n")
 
     def event(self, text: str) -> None:
-        if self._pending:
-            self._stream.write("\n")
-            self._pending = 0
-        self._stream.write(text + "\n")
-        self._stream.flush()
+        self.close()
+        write_text(self._stream, text + "\n")
 
     def close(self) -> None:
         if self._pending:
-            self._stream.write("\n")
-            self._stream.flush()
+            write_text(self._stream, "\n")
             self._pending = 0
 
 

@@ -51,6 +51,13 @@ def device_peak_flops(device: torch.device) -> float | None:
     return peak_bf16_flops(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
 
 
+def why_no_mfu(device: torch.device) -> str | None:
+    """A line for the user when the accelerator has no entry in the table."""
+    if device.type != "cuda" or device_peak_flops(device) is not None:
+        return None
+    return f"no MFU: the dense bf16 rate of {torch.cuda.get_device_name(device)!r} is not in nha_megatron/training/hardware.py"
+
+
 def memory_high_water(device: torch.device) -> int:
     """The most bytes that this rank has had at once: by PyTorch's allocator on CUDA, resident in the process on a CPU."""
     if device.type == "cuda":

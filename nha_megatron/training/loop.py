@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import time
+from contextlib import closing
 from typing import Any
 
 from nha_megatron.checkpoint import Progress
@@ -11,10 +12,11 @@ from nha_megatron.config import ConfigError
 from nha_megatron.config.stage_plan import Stage
 from nha_megatron.engine.base import Engine
 from nha_megatron.training import layer_statistics
-from nha_megatron.training.console import Console
+from nha_megatron.training.console import Console, print_line
 from nha_megatron.training.context import TrainingContext
 from nha_megatron.training.guards import LossGuard, TrainingError
 from nha_megatron.training.hardware import memory_high_water
+from nha_megatron.training.profiler import StepProfiler
 from nha_megatron.training.schedule import learning_rate
 from nha_megatron.training.signals import StopRequest
 from nha_megatron.training.slow_ranks import RankReports, WorkClock, modules_without_collectives
@@ -37,7 +39,9 @@ def train(context: TrainingContext, progress: Progress, until: int) -> signal.Si
     stages = config.stages
     clock = WorkClock(list(modules_without_collectives(engine)), layout.device)
     ranks = RankReports(layout, config.guards.slow_rank_ratio)
-    with StopRequest() as stop:
+    say = print_line if reporter is None else reporter.console.event
+    profiler = StepProfiler(config, layout.rank, layout.device, say)
+    with StopRequest() as stop, closing(profiler):
         while progress.step < until:
             step = progress.step + 1
             stage = next(stage for stage in stages if step <= stage.last_step)
@@ -58,6 +62,7 @@ def train(context: TrainingContext, progress: Progress, until: int) -> signal.Si
             if report_ranks:
                 clock.start()
             watch.enter(step, "data")
+            profiler.begin(step)
             batches = data.training_batches(step)
             clock.batches_are_read()
             watch.enter(step, "update")
@@ -67,12 +72,16 @@ def train(context: TrainingContext, progress: Progress, until: int) -> signal.Si
             stopped_by = stop.agreed(layout.device, layout.world)
             seconds = time.perf_counter() - started
 
+            profiler.end(step)
             progress.step = step
             progress.guards = guard.state()
             progress.tokens += stage.tokens_per_step
             record: dict[str, Any] = {
                 "step": step,
+                "time": time.time(),
+                "step_seconds": seconds,
                 "tokens": progress.tokens,
+                "epoch": data.epoch(step),
                 "loss": result.loss,
                 "grad_norm": result.grad_norm,
                 "lr": lr,

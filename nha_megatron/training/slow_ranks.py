@@ -27,6 +27,10 @@ from nha_megatron.training.hardware import memory_high_water
 
 # Below this share of a step nobody waits noticeably, however large the ratio.
 _NOTICEABLE = 0.1
+# So much more work is named at once; less only when it is the same rank in so many measured steps running, for a step of milliseconds is
+# late by a half whenever the operating system does something else.
+_LONG_S = 1.0
+_PERSISTENT = 3
 
 
 def modules_without_collectives(engine: Engine) -> Iterator[nn.Module]:
@@ -113,6 +117,7 @@ class RankReports:
         places: list[tuple[str, int]] = [("", 0)] * layout.world_size
         dist.all_gather_object(places, (socket.gethostname(), layout.pp_rank), group=layout.world)
         self._hosts, self._pipeline_stages = zip(*places, strict=True)
+        self._slow: tuple[int | None, int] = None, 0  # the rank, and for how many measured steps running
         self._named: int | None = None
         self.memory = 0
         """Bytes of the fullest rank, the most so far, as of the last `gather`."""
@@ -130,9 +135,13 @@ class RankReports:
         rank, ratio, excess = slowest
         fields = {"slowest_rank": rank, "slowest_host": self._hosts[rank], "slowest_ratio": ratio}
         slow = ratio >= self._ratio and excess >= _NOTICEABLE * step_seconds
-        before, self._named = self._named, rank if slow else None
-        if not slow or before == rank:
+        if not slow:
+            self._slow, self._named = (None, 0), None
             return fields, None
+        self._slow = rank, (self._slow[1] if self._slow[0] == rank else 0) + 1
+        if self._named == rank or (excess < _LONG_S and self._slow[1] < _PERSISTENT):
+            return fields, None
+        self._named = rank
         return fields, (
             f"step {step}: slow rank {rank} on host {self._hosts[rank]}: its own work takes {ratio:.1f} times as long as that of the other "
             f"ranks of its pipeline stage, {excess:.2g} s more of a step of {step_seconds:.2g} s"

@@ -61,6 +61,13 @@ class StageData:
         assert self._training is not None
         return self._training.padding_share
 
+    def epoch(self, step: int) -> float:
+        """How often the stage has read, when step `step` of the run is done, the corpus of its blend that is used up fastest."""
+        assert self.stage is not None
+        order = self._orders[self.stage.number][0]
+        samples = (step - self.stage.steps_before) * self.stage.config.training.global_batch_size
+        return max(samples * share / corpus.samples_per_epoch for corpus, share in zip(order.corpora, order.blend.shares, strict=True))
+
     def training_batches(self, step: int) -> list[Batch]:
         """This rank's micro batches of step `step` of the run, one of the stage's, counted from 1."""
         assert self.stage is not None and self._training is not None and self.stage.steps_before < step <= self.stage.last_step

@@ -215,7 +215,10 @@ def save_with_a_fault_of_the_program(root: str) -> str:
 def find(root: str) -> tuple[list[str], str | None]:
     """What was reported on the way to the newest sound checkpoint, and its path."""
     reports: list[str] = []
-    newest = find_newest(Path(root), reports.append, dist.group.WORLD)
+    try:
+        newest = find_newest(Path(root), reports.append, dist.group.WORLD)
+    except CheckpointError:  # there are some, and none can be loaded
+        newest = None
     return reports, None if newest is None else str(newest)
 
 

@@ -91,3 +91,35 @@ def test_a_wrong_path_is_one_message(tmp_path: Path) -> None:
         resolve(tmp_path / "absent")
     with pytest.raises(CheckpointError, match="is not a checkpoint"):
         resolve(tmp_path)
+
+
+def test_a_link_is_removed_without_what_it_leads_to(tmp_path: Path) -> None:
+    root, elsewhere = tmp_path / "run", tmp_path / "elsewhere"
+    make(elsewhere, 10)
+    make(root, 20, 30)
+    step_directory(root, 10).symlink_to(step_directory(elsewhere, 10))
+    partial_directory(root, 5).symlink_to(elsewhere)  # left by a version that could not remove it
+    assert not prepare_root(root)
+    retain(root, 2, step=30)
+    assert sorted(entry.name for entry in root.iterdir()) == ["step_20", "step_30"]
+    assert published_steps(elsewhere) == [10]
+
+
+def test_what_cannot_be_removed_is_said_and_blocks_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make(tmp_path, 10, 20)
+    make_partial(partial_directory(tmp_path, 30))
+
+    def refuse(path: Path, *_: object, **__: object) -> None:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr("shutil.rmtree", refuse)
+    for _ in range(2):  # this start, and the next
+        assert "could not be removed" in prepare_root(tmp_path)[0]
+    assert "could not be removed" in retain(tmp_path, 1, step=20)[0]
+    for content in ("first", "second"):  # a step that is saved, and saved again
+        partial = partial_directory(tmp_path, 30)
+        make_partial(partial)
+        (partial / content).touch()
+        publish(partial, step_directory(tmp_path, 30))
+    assert published_steps(tmp_path) == [20, 30] and [entry.name for entry in step_directory(tmp_path, 30).iterdir()] == ["second"]
+    assert len(prepare_root(tmp_path)) == 3

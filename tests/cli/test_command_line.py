@@ -163,7 +163,13 @@ def test_the_example_configurations_are_valid(path, base, capsys):
 
 @pytest.mark.parametrize(
     ("name", "low", "high"),
-    [("quickstart", 2e6, 6e6), ("nha-340m", 3.1e8, 3.9e8), ("nha-1.3b", 1.2e9, 1.4e9), ("nha-8b-128k", 7.5e9, 8.5e9)],
+    [
+        ("quickstart", 2e6, 6e6),
+        ("nha-340m", 3.1e8, 3.9e8),
+        ("nha-1.3b", 1.2e9, 1.4e9),
+        ("nha-8b-128k", 7.5e9, 8.5e9),
+        ("nha-3b-hybrid", 2.8e9, 3.2e9),
+    ],
 )
 def test_the_examples_have_the_size_in_their_name(name, low, high):
     [path] = [path for path in EXAMPLES if path.stem == name]

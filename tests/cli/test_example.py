@@ -19,7 +19,8 @@ def printed(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
 
 def test_without_a_name_it_lists_all_by_kind(capsys: pytest.CaptureFixture[str]) -> None:
     assert printed(capsys).splitlines() == [
-        "run configurations: nha-1.3b, nha-340m, nha-8b-128k, quickstart",
+        "run configurations: nha-1.3b, nha-1.3b-smoke, nha-340m, nha-3b, nha-3b-hybrid, nha-3b-hybrid-smoke, nha-3b-smoke, "
+        "nha-8b-128k, nha-8b-128k-smoke, quickstart",
         "DeepSpeed settings: zero1, zero2, zero3",
         "site files: apptainer, bare-metal, enroot-pyxis",
     ]

@@ -200,3 +200,32 @@ def test_logits_of_a_128k_sequence_never_exist(ranks: RankPool) -> None:
     assert gradients == pytest.approx(1.59e9, rel=0.01)
     assert peak < gradients + 4 * LOGITS_BYTES + 2 * vocabulary * 2048 < 3.3e9
     assert peak < 0.05 * 4 * tokens * vocabulary
+
+
+def z_loss_on_rank(z_loss: float | None) -> tuple[float, Tensor, Tensor]:
+    """Program: value and gradients over all ranks' columns, in chunks; None: the argument is left out."""
+    layout = create_layout(tiny_config(parallel={"tensor": dist.get_world_size()}), CPU)
+    hidden, weight, labels, mask = inputs(100, torch.float32)
+    weight = weight.chunk(layout.tp_size)[layout.tp_rank].clone()
+    hidden.requires_grad_(), weight.requires_grad_()
+    options = {} if z_loss is None else {"z_loss": z_loss}
+    shape: dict[str, Any] = {"vocab_size": 100, "chunk_tokens": 8, "tp_group": layout.groups.tp, "sequence_parallel": False}
+    loss = linear_cross_entropy(hidden, weight, labels, mask, **shape, **options)
+    loss.backward()
+    return loss.item(), hidden.grad, weight.grad  # type: ignore[return-value]
+
+
+def test_z_loss_has_its_exact_gradient_and_is_bit_equal_when_off(ranks: RankPool) -> None:
+    hidden, weight, labels, mask = inputs(100, torch.float32)
+    hidden, weight = hidden.double().requires_grad_(), weight.double().requires_grad_()
+    logits = (hidden @ weight.t())[..., :100].transpose(0, 1)
+    cross_entropy = (F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none") * mask.flatten()).sum()
+    whole = cross_entropy + 0.1 * (logits.logsumexp(-1).square() * mask).sum()
+    wanted = torch.autograd.grad(whole, (hidden, weight))
+
+    results = ranks.run(2, z_loss_on_rank, z_loss=0.1)
+    assert results[0][0] == pytest.approx(cross_entropy.item(), rel=1e-5)  # the value is without it
+    for found, expected in ((results[0][1], wanted[0]), (torch.cat([result[2] for result in results]), wanted[1])):
+        assert (found - expected).norm() / expected.norm() < 1e-5
+    off, absent = ranks.run(2, z_loss_on_rank, z_loss=0.0)[0], ranks.run(2, z_loss_on_rank, z_loss=None)[0]
+    assert off[0] == absent[0] and torch.equal(off[1], absent[1]) and torch.equal(off[2], absent[2])

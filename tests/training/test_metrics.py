@@ -1,8 +1,11 @@
 """metrics.jsonl holds each step once, whatever happened before; a missing wandb is said in one message."""
 
 import json
+import resource
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 
@@ -65,4 +68,55 @@ def test_flatten_numbers_layers_from_zero() -> None:
 def test_wandb_not_installed_is_one_message(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "wandb", None)  # import raises ImportError
     with pytest.raises(ConfigError, match="pip install wandb"):
+        MetricsLog(LoggingConfig(directory=str(tmp_path), tensorboard=False, wandb=True), {}, 0)
+
+
+@pytest.mark.parametrize("broken", [b'{"step": "7"}', b"\xff\xfe", b"[" * 100_000, b'{"step": ' + b"9" * 6000 + b"}", b'{"step": 7.5}'])
+def test_lines_that_are_no_records_are_dropped_on_resume(tmp_path: Path, broken: bytes) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b'{"step": 1, "loss": 2.0}\n' + broken + b'\n{"step": 2, "loss": 1.0}\n')
+    write(tmp_path, range(3, 4), resumed_step=2)
+    assert steps(path) == [1, 2, 3]
+
+
+def test_a_full_disk_ends_no_run_and_nothing_is_missing_afterwards(tmp_path: Path) -> None:
+    said: list[str] = []
+    log = MetricsLog(LoggingConfig(directory=str(tmp_path), tensorboard=False), {}, 0, said.append)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    for step in range(1, 30):
+        if step in (5, 20):  # a file may not grow beyond that, as on a full disk: in the middle of a line
+            resource.setrlimit(resource.RLIMIT_FSIZE, ((200, before[1]) if step == 5 else before))
+        try:
+            log.write({"step": step, "loss": 1 / step})
+        except BaseException:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+            raise
+    log.close()
+    assert steps(tmp_path / "metrics.jsonl") == list(range(1, 30))
+    assert len(said) == 2 and "metrics.jsonl cannot be written" in said[0] and said[1] == "step 20: metrics.jsonl is written again"
+
+
+def test_tensorboard_that_fails_catches_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    from torch.utils.tensorboard import SummaryWriter
+
+    log = MetricsLog(LoggingConfig(directory=str(tmp_path)), {}, 0)
+    for step in range(1, 6):
+        with monkeypatch.context() as patch:
+            if step == 3:
+                patch.setattr(SummaryWriter, "add_scalar", lambda *_, **__: (_ for _ in ()).throw(OSError(28, "no space")))
+            log.write({"step": step, "loss": float(step)})
+    log.close()
+    # The files of the two writers lie side by side, and what was not known to be on disk was sent again.
+    events = [EventAccumulator(str(path)).Reload().Scalars("loss") for path in (tmp_path / "tensorboard").iterdir()]
+    assert {event.step for scalars in events for event in scalars} == {1, 2, 3, 4, 5}
+
+
+def test_wandb_offline_needs_no_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    wandb = SimpleNamespace(init=Mock(), errors=SimpleNamespace(Error=RuntimeError))
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    MetricsLog(LoggingConfig(directory=str(tmp_path), tensorboard=False, wandb="offline"), {}, 0).close()
+    assert wandb.init.call_args.kwargs["mode"] == "offline"
+    wandb.init.side_effect = RuntimeError("no API key")
+    with pytest.raises(ConfigError, match=r"no API key; set logging\.wandb=offline"):
         MetricsLog(LoggingConfig(directory=str(tmp_path), tensorboard=False, wandb=True), {}, 0)

@@ -18,7 +18,7 @@ from nha_megatron.config import load_config
 from tests.distributed import RankPool
 from tests.training import small_run
 
-RECORD = {"step", "tokens", "loss", "grad_norm", "lr", "skipped", "tokens_per_second", "memory"}
+RECORD = {"step", "tokens", "loss", "grad_norm", "lr", "skipped", "time", "step_seconds", "epoch", "tokens_per_second", "memory"}
 RECORD |= {"slowest_rank", "slowest_host", "slowest_ratio"}  # every logging interval, here every step
 
 PATIENCE_S = 600  # on a machine that is busy with other tests
