@@ -54,7 +54,9 @@ def test_of_many_one_takes_a_dead_owners_lock(tmp_path: Path) -> None:
 
 
 def test_a_killed_owner_is_succeeded_at_once(tmp_path: Path) -> None:
-    program = "import sys, time; from nha_megatron.lock import Lock; Lock(sys.argv[1], '').acquire(); print('held', flush=True); time.sleep(60)"
+    program = (
+        "import sys, time; from nha_megatron.lock import Lock; Lock(sys.argv[1], '').acquire(); print('held', flush=True); time.sleep(60)"
+    )
     with subprocess.Popen([sys.executable, "-c", program, tmp_path / ".lock"], stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None and process.stdout.readline() == "held\n"
         with pytest.raises(LockedError):
