@@ -10,12 +10,14 @@ Loading trusts the folders and their manifests, not `latest`: a crash between pu
 
 from __future__ import annotations
 
-import os
 import re
 import shutil
 from pathlib import Path
 
 from nha_megatron.config import ConfigError
+from nha_megatron.publish import reason_of as reason_of
+from nha_megatron.publish import sync as sync
+from nha_megatron.publish import write_text as write_atomically
 
 MANIFEST = "manifest.json"
 LATEST = "latest"
@@ -25,12 +27,6 @@ _PARTIAL = re.compile(r"\.step_(\d+)\.(partial|replaced)")
 
 class CheckpointError(ConfigError):
     """A checkpoint cannot be written, found or used. One message for the user."""
-
-
-def reason_of(error: OSError) -> str:
-    """The system's words, with the file where it is known."""
-    words = error.strerror or str(error)
-    return f"{words}: {error.filename}" if error.filename else words
 
 
 def step_directory(root: Path, step: int) -> Path:
@@ -126,23 +122,3 @@ def retain(root: Path, keep: int, step: int) -> None:
         doomed = partial_directory(root, old)
         step_directory(root, old).rename(doomed)
         shutil.rmtree(doomed)
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Replaces a file in one rename, so that readers see the old content or the new."""
-    aside = path.with_name(f".{path.name}.aside")
-    with aside.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    aside.replace(path)
-    sync(path.parent)
-
-
-def sync(path: Path) -> None:
-    """Makes the content of a file durable, or the names in a folder (POSIX: fsync of a file does not cover its name)."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
