@@ -9,16 +9,17 @@ from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
+from megatron.core.datasets.indexed_dataset import DType
 
 from nha_megatron.config import ConfigError
 from nha_megatron.data.encode import Encoded, blocks_of, encode_blocks
-from nha_megatron.data.parts import divide
+from nha_megatron.data.parts import Part, PartFile, divide, signature
 from nha_megatron.data.rows import Block, Counts
 from nha_megatron.data.shuffle import derive_key
 from nha_megatron.data.sources import DocumentUnit, check_files, read_blocks
 from nha_megatron.data.token_files import Manifest, TokenFileWriter, paths_of, remove_token_files
 from nha_megatron.data.tokenizer import LoadedTokenizer
-from nha_megatron.lock import Lock
+from nha_megatron.lock import Lock, holder
 from nha_megatron.publish import remove_leftovers, writing
 
 Progress = Callable[[int, int], None]

@@ -110,7 +110,11 @@ class TestSources:
         ("name", "content", "message"),
         [
             ("a.jsonl", b'{"text": "x"}\n{"text":\n', r"a\.jsonl, line 2: not JSON"),
-            ("a.jsonl", b'{"body": "x", "n": 1}\n', r"no field 'text' in 1 of 1 rows; .*a\.jsonl, line 1 has fields: body, n\. Choose another --text-field"),
+            (
+                "a.jsonl",
+                b'{"body": "x", "n": 1}\n',
+                r"no field 'text' in 1 of 1 rows; .*a\.jsonl, line 1 has fields: body, n\. Choose another --text-field",
+            ),
             ("a.jsonl", b'{"text": 5}\n', "holds int, not text"),
             ("a.txt", b"\xff\xfe\xfa", "can't decode byte"),
             ("a.parquet", b"PAR1 not really", "cannot be read"),
