@@ -127,6 +127,16 @@ class Lock:
             if _read(self._path) == owner:
                 self._path.unlink()
 
+    def acquire_and_release(self) -> None:
+        """Refuses when somebody holds it, and removes what a dead owner left."""
+        self.acquire()
+        self.release()
+
+    @property
+    def path(self) -> Path:
+        """The lock file."""
+        return self._path
+
     @property
     def is_held(self) -> bool:
         """Whether the file still says so: false after somebody took it over, because this process had been still for too long."""
@@ -188,6 +198,14 @@ class Lock:
     def _refusal(self, found: Owner | None) -> LockedError:
         who = "its owner is unknown" if found is None else f"process {found.pid} on {found.host}, since {found.since}"
         return LockedError(f"{self._path}: {self._what} ({who}). Wait for it or end it; if there is no such process, remove the file")
+
+
+def holder(path: str | Path) -> Owner | None:
+    """Who seems to hold a lock, by this host's clock: for a look that must not wait. Only taking a lock decides."""
+    found, renewed = _read(Path(path)), _modified(Path(path))
+    if found is None or renewed is None or found.rebooted:
+        return None
+    return found if (found.lives_here() if found.is_here else time.time() - renewed <= STALE_SECONDS) else None
 
 
 def _space() -> str:

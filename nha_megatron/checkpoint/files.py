@@ -18,6 +18,9 @@ import shutil
 from pathlib import Path
 
 from nha_megatron.config import ConfigError
+from nha_megatron.publish import reason_of as reason_of
+from nha_megatron.publish import sync as sync
+from nha_megatron.publish import write_text as write_atomically
 
 MANIFEST = "manifest.json"
 LATEST = "latest"
@@ -31,12 +34,6 @@ class CheckpointError(ConfigError):
 
 class SaveError(CheckpointError):
     """A run ends because it could not be saved: the machine's failure, not the user's."""
-
-
-def reason_of(error: OSError) -> str:
-    """The system's words, with the file where it is known."""
-    words = error.strerror or str(error)
-    return f"{words}: {error.filename}" if error.filename else words
 
 
 def step_directory(root: Path, step: int) -> Path:
@@ -185,23 +182,3 @@ def retain(root: Path, keep: int, step: int) -> list[str]:
             continue
         warnings += _remove(doomed)
     return warnings
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Replaces a file in one rename, so that readers see the old content or the new."""
-    aside = path.with_name(f".{path.name}.aside")
-    with aside.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    aside.replace(path)
-    sync(path.parent)
-
-
-def sync(path: Path) -> None:
-    """Makes the content of a file durable, or the names in a folder (POSIX: fsync of a file does not cover its name)."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -4,7 +4,6 @@ Written as DeepSpeed's own JSON, inline in the YAML or as the path of a JSON fil
 configuration. Only what distributes the state is said here; batch sizes, precision, optimizer and clipping have their sections.
 """
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -12,6 +11,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, model_validator
 
 from .base import Positive, Section
+from .json_text import read_json
 
 
 def _whole(value: object) -> object:
@@ -119,7 +119,7 @@ def _read_file(value: object) -> object:
     if not isinstance(value, str):
         return value
     try:
-        content = json.loads(Path(value).read_text(encoding="utf-8"))
+        content = read_json(Path(value).read_text(encoding="utf-8"))
     except OSError as error:
         raise ValueError(
             f"{value!r} cannot be read: {error.strerror}; give a JSON file such as `nha-megatron example zero1` prints"

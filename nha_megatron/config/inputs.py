@@ -20,7 +20,12 @@ def missing_inputs(config: RunConfig) -> list[str]:
     for key, blend in blends.items():
         for entry in blend:
             absent = [suffix for suffix in TOKEN_FILE_SUFFIXES if not Path(entry.path + suffix).is_file()]
-            if absent:
+            if absent == [".json"]:
+                missing.append(
+                    f"{key} {entry.path!r}: no file {entry.path}.json; if Megatron's own tools made the other two, write it with "
+                    f"`nha-megatron prepare --megatron {entry.path} --tokenizer DIR`"
+                )
+            elif absent:
                 missing.append(
                     f"{key} {entry.path!r}: no file {', '.join(entry.path + suffix for suffix in absent)}; "
                     f"make it with `nha-megatron prepare`, or {'correct' if 'stages' in key else 'override'} {key}"

@@ -1,14 +1,16 @@
 """Tokenizers: a Hugging Face tokenizer directory, and training one."""
 
 import dataclasses
-import json
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 from nha_megatron.config import ConfigError
+from nha_megatron.config.json_text import read_json
 from nha_megatron.data.checksum import file_sha256
+from nha_megatron.publish import published_directory, remove_leftovers, writing
 
 END_OF_TEXT = "<|endoftext|>"
 
@@ -55,30 +57,63 @@ def load_tokenizer(directory: str | Path, end_of_text: str | None = None) -> Loa
     if identity is None:
         raise ConfigError(f"tokenizer {str(directory)!r}: the end-of-text token {token!r} is not in its vocabulary. Choose another.")
     vocab_size = max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1
+    if vocab_size > 2**31:
+        raise ConfigError(f"tokenizer: {path} has token id {vocab_size - 1}; token files hold ids below 2^31. Save the tokenizer again.")
     return LoadedTokenizer(str(directory), file_sha256(path), tokenizer, vocab_size, identity)
 
 
-def _eos_token(directory: Path) -> str:
-    path = directory / "tokenizer_config.json"
+def read_tokenizer_config(directory: str | Path) -> dict[str, Any]:
+    """The fields of tokenizer_config.json, none where there is no such file. Raises ConfigError if it cannot be read."""
+    path = Path(directory) / "tokenizer_config.json"
     try:
-        token = json.loads(path.read_text(encoding="utf-8")).get("eos_token") if path.is_file() else None
+        fields = read_json(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    except OSError as error:
+        raise ConfigError(f"tokenizer: {path} cannot be read ({error.strerror}). Check its rights.") from error
     except ValueError as error:
         raise ConfigError(f"tokenizer: {path} is not valid JSON ({error}). Save the tokenizer again.") from error
+    if not isinstance(fields, dict):
+        raise ConfigError(f"tokenizer: {path} holds a {type(fields).__name__}, not an object with fields. Save the tokenizer again.")
+    return fields
+
+
+def _eos_token(directory: Path) -> str:
+    token = read_tokenizer_config(directory).get("eos_token")
     if isinstance(token, dict):  # saved as an AddedToken
         token = token.get("content")
     if not isinstance(token, str):
-        raise ConfigError(f"tokenizer {str(directory)!r}: {path.name} names no eos_token. Say which token ends documents (--end-of-text).")
+        raise ConfigError(
+            f"tokenizer {str(directory)!r}: tokenizer_config.json names no eos_token. Say which token ends documents (--end-of-text)."
+        )
     return token
 
 
-def train_byte_level_bpe(texts: Iterable[str], vocab_size: int, directory: str | Path) -> int:
+def require_replaceable(directory: str | Path, overwrite: bool) -> None:
+    """Raises ConfigError when a tokenizer may not be written there. Called before any work is done."""
+    path = Path(directory)
+    if not path.exists() or (path.is_dir() and not any(path.iterdir())):
+        return
+    if not path.is_dir() or path.is_symlink():
+        raise ConfigError(f"{path} exists and is not a directory: choose another output.")
+    if not (path / "tokenizer.json").is_file():
+        raise ConfigError(f"{path} is not empty and holds no tokenizer.json, so it is not replaced: choose another output.")
+    if not overwrite:
+        raise ConfigError(f"{path} holds a tokenizer: choose another output, or pass --overwrite to replace the directory.")
+
+
+def train_byte_level_bpe(texts: Iterable[str], vocab_size: int, directory: str | Path, *, overwrite: bool = False) -> int:
     """Train a byte-level BPE tokenizer and save it as a Hugging Face directory that AutoTokenizer loads.
 
     vocab_size: target size, with the 256 bytes and the token <|endoftext|> (id 0); at least 257.
+    overwrite: whether a tokenizer that is there may be replaced, with its whole directory.
     Returns the size reached, which is smaller when the texts hold too few different pairs.
+
+    Raises ConfigError for a size that is too small, an output that may not be replaced or written, and whatever reading `texts` raises;
+    then nothing has changed.
     """
     if vocab_size < 257:
         raise ConfigError(f"vocabulary size {vocab_size} is too small: 256 bytes and {END_OF_TEXT} need at least 257.")
+    remove_leftovers(Path(directory))
+    require_replaceable(directory, overwrite)
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -94,6 +129,15 @@ def train_byte_level_bpe(texts: Iterable[str], vocab_size: int, directory: str |
     from transformers import PreTrainedTokenizerFast
 
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=END_OF_TEXT, bos_token=END_OF_TEXT, unk_token=None)
-    Path(directory).mkdir(parents=True, exist_ok=True)
-    fast.save_pretrained(str(directory))
+    with writing(f"tokenizer {directory}", Path(directory).parent), published_directory(Path(directory)) as partial:
+        _save(fast, partial)
     return tokenizer.get_vocab_size()
+
+
+def _save(fast: Any, directory: Path) -> None:
+    try:
+        fast.save_pretrained(str(directory))
+    except OSError:
+        raise
+    except Exception as error:  # tokenizers says with a bare Exception that the disk is full
+        raise OSError(str(error)) from error

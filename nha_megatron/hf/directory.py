@@ -9,10 +9,8 @@ tokenizer files, where a tokenizer is given
 from __future__ import annotations
 
 import json
-import os
 import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -21,6 +19,7 @@ from torch import Tensor
 from transformers import GenerationConfig, PretrainedConfig
 
 from nha_megatron.config import ConfigError
+from nha_megatron.publish import published_directory, writing
 
 INDEX = "model.safetensors.index.json"
 MAX_SHARD_BYTES = 5 * 10**9
@@ -72,7 +71,7 @@ def write_directory(
         ConfigError: `directory` is not empty and may not be replaced.
     """
     require_writable(directory, overwrite)
-    with _written_aside(directory) as aside:
+    with writing(str(directory), directory.parent), published_directory(directory) as aside:
         config.dtype = dtype
         config.save_pretrained(aside)
         _generation_config(config).save_pretrained(aside)
@@ -119,32 +118,3 @@ def _generation_config(config: PretrainedConfig) -> GenerationConfig:
     # config.pad_token_id it would mark a token that the model must learn.
     pad = config.pad_token_id if config.pad_token_id is not None else (eos[0] if isinstance(eos, list) else eos)
     return GenerationConfig(bos_token_id=config.bos_token_id, eos_token_id=eos, pad_token_id=pad)
-
-
-@contextmanager
-def _written_aside(directory: Path) -> Iterator[Path]:
-    directory.parent.mkdir(parents=True, exist_ok=True)
-    aside = directory.with_name(f".{directory.name}.{os.getpid()}.partial")
-    replaced = directory.with_name(f".{directory.name}.{os.getpid()}.replaced")
-    aside.mkdir()
-    try:
-        yield aside
-        for path in (*aside.iterdir(), aside):
-            _sync(path)
-        if directory.exists():
-            directory.rename(replaced)
-        aside.rename(directory)
-        _sync(directory.parent)
-    finally:
-        for leftover in (aside, replaced):
-            if leftover.exists():
-                shutil.rmtree(leftover)
-
-
-def _sync(path: Path) -> None:
-    """Makes a file's content, or a folder's names, durable."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

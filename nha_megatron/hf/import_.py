@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -10,6 +9,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from nha_megatron.config import ConfigError, ModelConfig
+from nha_megatron.config.json_text import read_json
 from nha_megatron.hf.directory import INDEX
 from nha_megatron.hf.families import read_directory
 from nha_megatron.hf.weight_table import from_hf
@@ -43,7 +43,7 @@ def _weight_files(directory: Path) -> list[str]:
     index = directory / INDEX
     if index.is_file():
         try:
-            files = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+            files = sorted(set(read_json(index.read_text(encoding="utf-8"))["weight_map"].values()))
         except (ValueError, KeyError, AttributeError, TypeError) as error:
             raise ConfigError(f"{index} is damaged ({type(error).__name__}: {error}). Export or copy the directory again") from None
         outside = [file for file in files if Path(str(file)).name != file]

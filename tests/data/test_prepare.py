@@ -14,8 +14,9 @@ import pytest
 
 from nha_megatron.config import ConfigError
 from nha_megatron.data.encode import encode_documents
+from nha_megatron.data.hub import read_dataset
 from nha_megatron.data.prepare import ValidationSplit, prepare
-from nha_megatron.data.sources import expand_inputs, read_dataset, read_files
+from nha_megatron.data.sources import expand_inputs, read_files
 from nha_megatron.data.token_files import TokenFile
 from nha_megatron.data.tokenizer import END_OF_TEXT, LoadedTokenizer, load_tokenizer, tokenizer_sha256, train_byte_level_bpe
 
@@ -108,8 +109,12 @@ class TestSources:
     @pytest.mark.parametrize(
         ("name", "content", "message"),
         [
-            ("a.jsonl", b'{"text": "x"}\n{"text":\n', "JSON parse error"),
-            ("a.jsonl", b'{"body": "x", "n": 1}\n', "no field 'text'. Choose --text-field from: body, n"),
+            ("a.jsonl", b'{"text": "x"}\n{"text":\n', r"a\.jsonl, line 2: not JSON"),
+            (
+                "a.jsonl",
+                b'{"body": "x", "n": 1}\n',
+                r"no field 'text' in 1 of 1 rows; .*a\.jsonl, line 1 has fields: body, n\. Choose another --text-field",
+            ),
             ("a.jsonl", b'{"text": 5}\n', "holds int, not text"),
             ("a.txt", b"\xff\xfe\xfa", "can't decode byte"),
             ("a.parquet", b"PAR1 not really", "cannot be read"),

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 from nha_megatron.config import ConfigError
+from nha_megatron.config.json_text import read_json
 from nha_megatron.hf.families.family import Family
 
 # model_type -> module with the object FAMILY
@@ -28,7 +28,7 @@ def read_directory(directory: Path) -> tuple[Family, Any]:
     """
     path = directory / "config.json"
     try:
-        content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        content: dict[str, Any] = read_json(path.read_text(encoding="utf-8"))
         model_type = content.get("model_type")
     except FileNotFoundError:
         raise ConfigError(f"{directory} is not a Hugging Face model directory: there is no config.json") from None
