@@ -67,12 +67,15 @@ def resolve(path: str | Path) -> Path:
     Raises `CheckpointError` when there is none.
     """
     path = Path(path)
-    if (path / MANIFEST).is_file():
-        return path
-    for root in (path, path / "checkpoints"):
-        steps = [step for step in published_steps(root) if (step_directory(root, step) / MANIFEST).is_file()]
-        if steps:
-            return step_directory(root, steps[-1])
+    try:
+        if (path / MANIFEST).is_file():
+            return path
+        for root in (path, path / "checkpoints"):
+            steps = [step for step in published_steps(root) if (step_directory(root, step) / MANIFEST).is_file()]
+            if steps:
+                return step_directory(root, steps[-1])
+    except OSError as error:
+        raise CheckpointError(f"checkpoint {path} cannot be read: {reason_of(error)}") from error
     what = "is not a checkpoint: no manifest.json, and no step_N folder with one" if path.exists() else "does not exist"
     raise CheckpointError(f"checkpoint {path} {what}. Give a step_N folder, a checkpoints folder or a run's folder")
 

@@ -20,11 +20,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     from nha_megatron.config import load_config
     from nha_megatron.config.inputs import require_inputs
-    from nha_megatron.engine.environment import read_place
+    from nha_megatron.engine.environment import read_place, require_open_files
     from nha_megatron.known_warnings import silence_known_warnings
 
-    announce_start()
     place = read_place()
+    require_open_files()
+    announce_start()
     config = load_config(arguments.config, arguments.overrides)
     # Everything that can be refused without torch is refused before it is loaded.
     config.check_world(place.world_size)

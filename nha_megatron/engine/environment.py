@@ -5,7 +5,9 @@ Without torch: the command line looks here before it loads anything.
 
 from __future__ import annotations
 
+import contextlib
 import os
+import resource
 import socket
 from dataclasses import dataclass
 
@@ -13,6 +15,9 @@ from nha_megatron.config.errors import OneRankError
 
 _MEETING = ("WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 _REMEDY = "Start the run with launch/torchrun.sh or another launcher, which sets all of them, or unset them to run as one process"
+
+_FEWEST_OPEN_FILES = 256
+_MOST_OPEN_FILES = 65536
 
 
 @dataclass(frozen=True)
@@ -61,6 +66,25 @@ def require_resolves(host: str, what: str, remedy: str) -> None:
     except (OSError, UnicodeError) as error:  # UnicodeError: an empty label, or one of more than 63 characters
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
         raise OneRankError(f"{what} {host!r} does not resolve on {socket.gethostname()} ({reason}): {remedy}") from None
+
+
+def require_open_files() -> None:
+    """Raises the limit of open files to what the system allows; raises `OneRankError` where that is too few to meet other ranks.
+
+    Every process group holds a connection to each of its ranks, so that a large run needs more than the usual 1024.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    unlimited = resource.RLIM_INFINITY
+    wanted = _MOST_OPEN_FILES if hard == unlimited else min(hard, _MOST_OPEN_FILES)
+    if soft != unlimited and soft < wanted:
+        with contextlib.suppress(OSError, ValueError):  # macOS allows less than it says
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+            soft = wanted
+    if soft != unlimited and soft < _FEWEST_OPEN_FILES:
+        raise OneRankError(
+            f"this process may open {soft} files, a rank needs at least {_FEWEST_OPEN_FILES}: raise the limit (ulimit -n 4096, "
+            "LimitNOFILE of a service, --ulimit nofile of a container)"
+        )
 
 
 def _number(name: str, default: int, least: int = 0, most: int = 10**9) -> int:
