@@ -153,7 +153,7 @@ def require_same_data(directory: Path, manifest: Manifest, data: dict[str, Any])
     assert manifest.data is not None
     try:
         changes = data_changes(manifest.data, data, stages=len(begun_stages(manifest.config, manifest.step)))
-    except (KeyError, TypeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise CheckpointError(f"checkpoint {directory}: manifest.json is damaged: it does not say what was read ({error!r})") from error
     if changes:
         raise CheckpointError(

@@ -24,6 +24,10 @@ from nha_megatron.version import __version__
 FORMAT = "nha_megatron/torch_dist"
 FORMAT_VERSION = 1
 
+# A few hundred bytes for each file; what is larger is no manifest, and is not read into memory.
+_MOST_BYTES = 256 * 2**20
+_MOST = 2**63
+
 
 @dataclass(frozen=True)
 class FileEntry:
@@ -56,10 +60,12 @@ def read_manifest(directory: Path) -> Manifest:
     """Raises `CheckpointError` when there is no manifest, or it is not one this version reads."""
     path = directory / MANIFEST
     try:
+        if path.stat().st_size > _MOST_BYTES:
+            raise CheckpointError(f"checkpoint {directory}: {MANIFEST} has {path.stat().st_size:,} bytes: it is damaged, or no manifest")
         content = json.loads(path.read_text(encoding="utf-8"))
         if content["format"] != FORMAT or content["format_version"] != FORMAT_VERSION:
             raise CheckpointError(
-                f"checkpoint {directory} has format {content['format']!r} version {content['format_version']}; "
+                f"checkpoint {directory} has format {_short(content['format'])} version {_short(content['format_version'])}; "
                 f"this version reads {FORMAT!r} version {FORMAT_VERSION}"
             )
         files = {name: FileEntry(**entry) for name, entry in content.pop("files").items()}
@@ -67,8 +73,11 @@ def read_manifest(directory: Path) -> Manifest:
         _require_types(manifest)
     except FileNotFoundError as error:
         raise CheckpointError(f"checkpoint {directory} has no {MANIFEST}: it is incomplete, or not a checkpoint of nha_megatron") from error
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"checkpoint {directory}: {MANIFEST} is damaged ({type(error).__name__}: {error})") from error
+    except CheckpointError:
+        raise
+    # ValueError: no JSON, no UTF-8, or a number of thousands of digits. RecursionError: brackets within brackets
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise CheckpointError(f"checkpoint {directory}: {MANIFEST} is damaged ({type(error).__name__}: {str(error)[:400]})") from error
     except OSError as error:
         raise CheckpointError(f"checkpoint {directory}: {MANIFEST} cannot be read: {error.strerror}") from error
     match = PUBLISHED.fullmatch(directory.name)
@@ -81,18 +90,47 @@ def _require_types(manifest: Manifest) -> None:
     """Raises TypeError for what only a hand, or a disk, can have written."""
     for name in ("step", "tokens", "world_size"):
         value = getattr(manifest, name)
-        if type(value) is not int or value < (name == "world_size"):
-            raise TypeError(f"{name} is {value!r}")
-    sections = ("model", "data", "training", "optimizer")
-    if not isinstance(manifest.config, dict) or not all(isinstance(manifest.config.get(name, {}), dict) for name in sections):
-        raise TypeError("config is not a run's configuration")
+        if type(value) is not int or not (name == "world_size") <= value < _MOST:
+            raise TypeError(f"{name} is {_short(value)}")
+    if not isinstance(manifest.versions, dict) or not all(isinstance(value, str) for value in manifest.versions.values()):
+        raise TypeError(f"versions is {_short(manifest.versions)}")
+    _require_configuration(manifest.config)
+    _require_guards(manifest.guards)
+    if manifest.data is not None and not isinstance(manifest.data, dict):
+        raise TypeError(f"data is {_short(manifest.data)}")
     if not manifest.files:
         raise TypeError("it names no files")
     for name, entry in manifest.files.items():
-        if Path(name).is_absolute() or ".." in Path(name).parts:
-            raise TypeError(f"it names {name}, outside the checkpoint")
-        if type(entry.bytes) is not int or not isinstance(entry.sha256, str):
-            raise TypeError(f"the entry of {name} is {entry}")
+        if Path(name).is_absolute() or ".." in Path(name).parts or "\0" in name:
+            raise TypeError(f"it names {name[:200]}, outside the checkpoint")
+        whole = type(entry.bytes) is int and 0 <= entry.bytes < _MOST
+        if not whole or not isinstance(entry.sha256, str):
+            raise TypeError(f"the entry of {name[:200]} is {_short(entry)}")
+
+
+def _require_configuration(config: object) -> None:
+    sections = ("model", "data", "training", "optimizer")
+    if not isinstance(config, dict) or not all(isinstance(config.get(name, {}), dict) for name in sections):
+        raise TypeError("config is not a run's configuration")
+    stages = config.get("training", {}).get("stages")
+    if stages is not None and not (isinstance(stages, list) and all(isinstance(stage, dict) for stage in stages)):
+        raise TypeError(f"config.training.stages is {_short(stages)}")
+
+
+def _require_guards(guards: object) -> None:
+    """training/guards.py goes on with these."""
+    if not isinstance(guards, dict | None):
+        raise TypeError(f"guards is {_short(guards)}")
+    numbers = lambda value: isinstance(value, list) and all(type(each) in (int, float) for each in value)  # noqa: E731
+    checks = {"losses": numbers, "recent_skips": numbers, "spiking": lambda v: type(v) is bool, "skipped": lambda v: type(v) is int}
+    for name, is_right in checks.items():
+        if guards and name in guards and not is_right(guards[name]):
+            raise TypeError(f"guards.{name} is {_short(guards[name])}")
+
+
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:80]}..."
 
 
 def verify(directory: str | Path, group: dist.ProcessGroup | None = None, threads: int = 1) -> Manifest:

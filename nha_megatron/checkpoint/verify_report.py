@@ -14,7 +14,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from nha_megatron.checkpoint.files import CheckpointError, published_steps, resolve, step_directory, unfinished_steps
+from nha_megatron.checkpoint.files import CheckpointError, published_steps, reason_of, resolve, step_directory, unfinished_steps
 from nha_megatron.checkpoint.manifest import Manifest, verify
 from nha_megatron.checkpoint.safety import require_plain_data
 
@@ -26,13 +26,18 @@ class VerifyReport:
     """
 
     def __init__(self, path: str | Path) -> None:
-        path = Path(path).resolve()  # "." has no name to print
-        root = next((folder for folder in (path, path / "checkpoints") if published_steps(folder) or unfinished_steps(folder)), None)
-        self._is_run = root is not None
-        if root is None:
-            self._directories, self._unfinished = [resolve(path)], []
-        else:
-            self._directories, self._unfinished = [step_directory(root, step) for step in published_steps(root)], unfinished_steps(root)
+        try:
+            path = Path(path).resolve()  # "." has no name to print
+            root = next((folder for folder in (path, path / "checkpoints") if published_steps(folder) or unfinished_steps(folder)), None)
+            self._is_run = root is not None
+            if root is None:
+                self._directories, self._unfinished = [resolve(path)], []
+            else:
+                self._directories, self._unfinished = [step_directory(root, step) for step in published_steps(root)], unfinished_steps(root)
+        except OSError as error:  # no permission, a disk that does not answer
+            raise CheckpointError(f"checkpoint {path} cannot be read: {reason_of(error)}") from error
+        except RuntimeError as error:  # pathlib's word for links in a circle, before Python 3.13
+            raise CheckpointError(f"checkpoint {path} cannot be read: {error}") from error
         self.is_sound = True
 
     def __iter__(self) -> Iterator[str]:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from nha_megatron.config import ConfigError, OneRankError
-from nha_megatron.exit_status import USER_ERROR
+from nha_megatron.exit_status import INTERRUPTED, USER_ERROR
 
 
 class Command(Protocol):
@@ -57,6 +57,10 @@ def run_and_report(run: Callable[[argparse.Namespace], int], arguments: argparse
     except ConfigError as error:
         report_error(error)
         return USER_ERROR
+    except KeyboardInterrupt:
+        if os.environ.get("RANK", "0") == "0":
+            print("interrupted", file=sys.stderr, flush=True)
+        return INTERRUPTED
 
 
 def report_error(error: Exception) -> None:

@@ -1,10 +1,9 @@
 """`nha-megatron pretrain`: one rank of a run."""
 
 import argparse
-import os
 
 from nha_megatron.cli.command import add_config_arguments, report_error
-from nha_megatron.exit_status import COMPLETE, FAILED, GIVEN_UP, STOPPED, pass_on
+from nha_megatron.exit_status import COMPLETE, FAILED, GIVEN_UP, STOPPED, announce_start, pass_on
 
 NAME = "pretrain"
 HELP = "train, or go on from the newest checkpoint; for several ranks run it under torchrun or another launcher"
@@ -21,11 +20,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     from nha_megatron.config import load_config
     from nha_megatron.config.inputs import require_inputs
+    from nha_megatron.engine.environment import read_place, require_open_files
     from nha_megatron.known_warnings import silence_known_warnings
 
+    place = read_place()
+    require_open_files()
+    announce_start()
     config = load_config(arguments.config, arguments.overrides)
     # Everything that can be refused without torch is refused before it is loaded.
-    config.check_world(int(os.environ.get("WORLD_SIZE", "1")))
+    config.check_world(place.world_size)
     require_inputs(config)
     silence_known_warnings()
     from nha_megatron.checkpoint import SaveError

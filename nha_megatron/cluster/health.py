@@ -25,6 +25,7 @@ from nha_megatron.cluster.health_report import Finding, RankReport, judge, table
 from nha_megatron.cluster.versions import installed_versions
 from nha_megatron.config import ConfigError, RunConfig
 from nha_megatron.engine.device import backend_for, choose_device
+from nha_megatron.engine.environment import read_place, require_meeting_place
 
 PATIENCE_S = 120.0
 DISK_BYTES = 16 * 2**20
@@ -90,8 +91,9 @@ def partners(node: int, nodes: int) -> list[int]:
 
 
 def _meet() -> tuple[dist.Store, int, int]:
-    if "RANK" not in os.environ:
+    if not read_place().launched:
         return dist.HashStore(), 0, 1
+    require_meeting_place()
     store, rank, world = next(dist.rendezvous("env://", timeout=timedelta(seconds=PATIENCE_S)))
     return dist.PrefixStore("health", store), rank, world
 
@@ -105,7 +107,7 @@ def _collect(store: dist.Store, name: str, world: int) -> list[RankReport]:
             value = _wait(store, f"{name}/{rank}", max(0.1, deadline - time.monotonic()))
             reports.append(RankReport(**json.loads(value)))
         except dist.DistStoreError:
-            host = f"number {rank // int(os.environ.get('LOCAL_WORLD_SIZE', '1'))}"
+            host = f"number {rank // read_place().local_world_size}"
             reports.append(RankReport(rank, host, error=f"says nothing for {PATIENCE_S:.0f} s: its process hangs, or its host is cut off"))
     return reports
 
@@ -228,7 +230,7 @@ def _all_reduce_rate(rank: int, world: int, device: torch.device) -> float:
 
 def _network_rate(rank: int, world: int, device: torch.device) -> float | None:
     """GB/s to the faster of the partner nodes; None on one node."""
-    local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    local = read_place().local_world_size
     nodes = world // local
     if nodes == 1:
         return None

@@ -14,6 +14,7 @@ from nha_megatron.config import ConfigError
 CONFIG, CODE, OUTCOME = "config.yaml", "code", "outcome"
 BODY = "nha_megatron/cluster/scripts/job_body.sh"
 
+_PLAIN = re.compile(r"[^\s\"'#\\]+")
 _TIME = re.compile(r"(?:(\d+)-)?(\d+)(?::(\d\d))?(?::(\d\d))?")
 
 
@@ -32,9 +33,9 @@ class Submission:
     launcher: Literal["torchrun", "deepspeed"] = "torchrun"
     health: bool = True
 
-    @property
-    def log(self) -> str:
-        return str(self.folder / "job-%j.log")
+    def log(self, job: str) -> Path:
+        """Of the job with this number."""
+        return self.folder / f"job-{job}.log"
 
 
 def time_seconds(text: str) -> int:
@@ -70,7 +71,7 @@ def directives(site: SiteConfig, job: Submission) -> list[str]:
         f"--signal=B:USR1@{site.warning_seconds}",
         "--requeue" if site.requeue else "--no-requeue",
         "--open-mode=append",
-        f"--output={job.log}",
+        f"--output={str(job.folder).replace('%', '%%')}/job-%j.log",
         f"--chdir={job.working_directory}",
     ]
     for key in ("partition", "account", "qos"):
@@ -132,6 +133,27 @@ def _container(site: SiteConfig, job: Submission) -> list[str]:
     return [f"IN_CONTAINER=({shlex.join(command)})"]
 
 
+def require_plain_paths(site: SiteConfig, job: Submission) -> None:
+    """Raises `ConfigError` for a folder that SLURM, or the container's options, would read as something else: a job without a log."""
+    refused = {
+        "\\": "a backslash, which ends the replacement of %j in its paths",
+        '"': "a quotation mark",
+        "\n": "a line break",
+        "\r": "a line break",
+    }
+    if site.container.runtime == "pyxis":
+        refused[","] = "a comma, which separates mounts"
+    if site.container.runtime != "none":
+        refused[":"] = "a colon, which separates the two sides of a mount"
+    for path, what in ((job.run_folder, "logging.directory"), (job.working_directory, "the working directory")):
+        for character, meaning in refused.items():
+            if character in str(path):
+                raise ConfigError(f"{what} {str(path)!r} has {meaning}: SLURM would not take it as it is. Choose another path")
+    if not re.fullmatch(r"[^\s\"\\%#]+", job.name):
+        raise ConfigError(f"--name {job.name!r}: leave out blanks, quotation marks, backslashes, % and #")
+
+
 def _quoted(option: str) -> str:
-    # sbatch splits the line at blanks outside of quotes; shell quoting would not be undone.
-    return f'"{option}"' if " " in option else option
+    # sbatch ends an option at a blank and a line at #, unless they stand in quotes; a backslash takes the next character as it is.
+    # Shell quoting would not be undone.
+    return option if _PLAIN.fullmatch(option) else '"' + option.replace("\\", "\\\\").replace('"', '\\"') + '"'

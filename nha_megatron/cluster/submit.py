@@ -8,8 +8,9 @@ import subprocess
 from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
+from shlex import quote
 
-from nha_megatron.cluster.job import Submission, render, require_time_for_warning
+from nha_megatron.cluster.job import Submission, render, require_plain_paths, require_time_for_warning
 from nha_megatron.cluster.site import SiteConfig, load_site
 from nha_megatron.cluster.snapshot import freeze
 from nha_megatron.config import ConfigError, RunConfig, load_config
@@ -22,6 +23,7 @@ def submit(arguments: argparse.Namespace) -> str:
     site = load_site(arguments.site)
     require_fit(config, site, arguments)
     job = plan(config, arguments)
+    require_plain_paths(site, job)
     script = render(site, job)
     if arguments.dry_run:
         return f"{script}\n# dry run: nothing was written or submitted. Snapshot and job script would be in {job.folder}"
@@ -72,7 +74,7 @@ def hand_over(script: Path, chain: int) -> list[str]:
         try:
             done = subprocess.run(["sbatch", "--parsable", *options, str(script)], capture_output=True, text=True)
         except FileNotFoundError:
-            raise ConfigError(f"no sbatch in PATH: submit on a login node. The job script is ready: sbatch {script}") from None
+            raise ConfigError(f"no sbatch in PATH: submit on a login node. The job script is ready: sbatch {quote(str(script))}") from None
         if done.returncode:
             said = " ".join(done.stderr.split())
             waiting = f" (already submitted: {' '.join(jobs)})" if jobs else ""
@@ -90,7 +92,7 @@ def instructions(job: Submission, site: SiteConfig, jobs: Sequence[str]) -> str:
     what, then = ("job", "no requeue") if len(jobs) == 1 else ("chain of jobs", "the rest of the chain does nothing")
     lines = [
         f"submitted: {what} {every}, {job.nodes} nodes, {job.time}; snapshot in {job.folder}",
-        f"follow:    squeue -j {','.join(jobs)}; tail -F {job.log.replace('%j', first)}; tail -F {job.run_folder}/metrics.jsonl",
+        f"follow:    squeue -j {','.join(jobs)}; tail -F {quote(str(job.log(first)))}; tail -F {quote(f'{job.run_folder}/metrics.jsonl')}",
         f"stop:      scancel --signal=TERM --batch {first}     (saves after the current step; {then})",
     ]
     if site.requeue:

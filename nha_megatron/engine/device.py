@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from typing import Literal
 
 import torch
 
 from nha_megatron.config import ConfigError
+from nha_megatron.engine import environment
 
 
 def choose_device(requested: Literal["auto", "cpu", "cuda"], local_rank: int | None = None) -> torch.device:
@@ -20,7 +20,7 @@ def choose_device(requested: Literal["auto", "cpu", "cuda"], local_rank: int | N
     Raises ConfigError if CUDA is asked for and this host has too few devices.
     """
     if local_rank is None:
-        local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+        local_rank = environment.local_rank()
     available = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if requested == "cpu" or (requested == "auto" and available == 0):
         return torch.device("cpu")

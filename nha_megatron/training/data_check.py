@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -14,6 +13,7 @@ import torch.distributed as dist
 
 from nha_megatron.config import ConfigError, RunConfig
 from nha_megatron.data.verify import CheckedFile, Depth, verify_data
+from nha_megatron.engine.environment import local_rank
 from nha_megatron.engine.layout import Layout
 
 _POLL_S = 0.2
@@ -25,7 +25,7 @@ def check_data(config: RunConfig, layout: Layout, say: Callable[[str], None]) ->
     Every node may have a copy of its own, so the first process of each node reads. Raises `ConfigError` on all ranks when one of them
     finds a file that is not what was prepared, or cannot be read.
     """
-    reads = int(os.environ.get("LOCAL_RANK", layout.rank)) == 0
+    reads = local_rank(layout.rank) == 0
     files: list[CheckedFile] = []
     problem: str | None = None
     with ThreadPoolExecutor(1) as reader:

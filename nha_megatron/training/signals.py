@@ -8,13 +8,15 @@ from types import FrameType
 import torch
 import torch.distributed as dist
 
+from nha_megatron.exit_status import announce_training
+
 
 class StopRequest:
     """Remembers that a signal arrived, and lets all ranks agree on the step to stop at.
 
     A launcher signals its processes one after the other, so ranks hear of it in different steps; a rank that left alone
     would leave the others in a collective for ever. A second SIGTERM or SIGINT acts as it always does. SIGUSR1, a scheduler's
-    warning, stays a request however often it comes: launch/slurm repeats it, because a process that is still starting misses it.
+    warning, stays a request however often it comes: the launch scripts repeat it, because a process that is still starting misses it.
 
         with StopRequest() as stop:
             while ...:
@@ -28,6 +30,7 @@ class StopRequest:
     def __enter__(self) -> StopRequest:
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
             self._previous[number] = signal.signal(number, self._remember)
+        announce_training()
         return self
 
     def __exit__(self, *_: object) -> None:

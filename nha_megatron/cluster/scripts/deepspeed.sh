@@ -15,13 +15,16 @@
 #   NODE_NAMES="n1 n2"           all nodes, in the order of their ranks
 #   NODE_RANK=0                  of this node                     [SLURM_NODEID]
 #   MASTER_ADDR, MASTER_PORT     first node and a free port on it
-# PYTHON=python3 is the interpreter. The launcher does not start failed processes again; torchrun.sh does.
+# PYTHON=python3 is the interpreter, STOP_TIMEOUT=600 the seconds to save after a request to stop.
+# The launcher does not start failed processes again; torchrun.sh does.
 #
+# SIGTERM, SIGINT (Ctrl-C), SIGUSR1 or SIGHUP to this script ask the processes to save after their step and stop; SIGQUIT ends them unsaved.
+# (Not over ssh: there DeepSpeed's launcher decides, and its status is returned.)
 # Exit status: 0 complete, 1 failed, 2 a mistake in the configuration (nothing was started), 3 given up by its
 # guards, 75 stopped on request and saved.
 . "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 parse "$@"
-"$PYTHON" -c 'import importlib.util as u, sys; sys.exit(u.find_spec("deepspeed") is None)' \
+without_usr1 "$PYTHON" -c 'import importlib.util as u, sys; sys.exit(u.find_spec("deepspeed") is None)' \
     || fail "the package deepspeed is not installed in $("$PYTHON" -c 'import sys; print(sys.prefix)'): pip install 'nha-megatron[deepspeed]', or use torchrun.sh"
 
 # With a hostfile the launcher overwrites CUDA_VISIBLE_DEVICES by 0, 1, ..: on a shared node these may be somebody else's.
@@ -39,16 +42,21 @@ if [ -n "${NODE_NAMES:-}" ]; then
     rank=${NODE_RANK:-${SLURM_NODEID:?NODE_NAMES is set: set NODE_RANK, the position of this node in it}}
     hosts=$(mktemp)
     trap 'rm -f "$hosts"' EXIT
+    [ -z "${MASTER_ADDR:-}" ] || resolve_names "MASTER_ADDR=$MASTER_ADDR"
     count=0
     for name in $NODE_NAMES; do echo "$name slots=$NPROC_PER_NODE" >> "$hosts"; count=$((count + 1)); done
     place+=(--no_ssh "--node_rank=$rank" "--hostfile=$hosts" "--master_addr=${MASTER_ADDR:?NODE_NAMES is set: set MASTER_ADDR too}")
-    world=$((count * NPROC_PER_NODE))
+    world=$((count * NPROC_PER_NODE)) nodes=$count
 elif [ -n "${HOSTFILE:-}" ]; then
     [ -f "$HOSTFILE" ] || fail "HOSTFILE $HOSTFILE: no such file; give lines such as 'node1 slots=8'"
     place+=("--hostfile=$HOSTFILE")
-    [ -z "${MASTER_ADDR:-}" ] || place+=(--no_ssh_check "--master_addr=$MASTER_ADDR")
+    if [ -n "${MASTER_ADDR:-}" ]; then
+        resolve_names "MASTER_ADDR=$MASTER_ADDR"
+        place+=(--no_ssh_check "--master_addr=$MASTER_ADDR")
+    fi
     world=$(awk '!/^ *(#|$)/ { for (i = 2; i <= NF; i++) if (sub(/^slots=/, "", $i)) n += $i } END { print n + 0 }' "$HOSTFILE")
     [ "$(grep -cvE '^ *(#|$)' "$HOSTFILE")" -le 1 ] || over_ssh=yes
+    local_ranks=$world
 else
     # An explicit file that does not exist: the default, /job/hostfile, may.
     place+=("--hostfile=/dev/null/none")
@@ -65,10 +73,10 @@ check "$world"
 # shellcheck disable=SC2206  # options are separated by blanks
 options=(${DEEPSPEED_OPTIONS:-})
 # DeepSpeed writes a line for every process and variable; its errors still come through.
-launcher=("$PYTHON" -m deepspeed.launcher.runner --log_level=warning "${place[@]}" "${options[@]}"
+runner=("$PYTHON" -m deepspeed.launcher.runner --log_level=warning "${place[@]}" "${options[@]}"
     --no_local_rank --module nha_megatron "$command" "$config" "${overrides[@]}")
 if [ -n "$over_ssh" ]; then
-    "${launcher[@]}"  # processes on other hosts cannot leave their note here
+    without_usr1 "${runner[@]}"  # processes on other hosts cannot leave their note here
 else
-    run_and_exit "${launcher[@]}"
+    run_and_exit "${runner[@]}"
 fi
