@@ -6,6 +6,7 @@ with the tokenizer's end-of-text token. The result does not depend on the number
 
 import argparse
 import os
+import sys
 
 from nha_megatron.exit_status import COMPLETE
 
@@ -32,6 +33,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--split-documents", choices=["file", "paragraph", "line"], default="file", help="one document in a text file")
     parser.add_argument("--tokenizer", required=True, metavar="DIR", help="a Hugging Face tokenizer directory")
     parser.add_argument("--end-of-text", metavar="TOKEN", help="token that ends a document (default: the tokenizer's eos_token)")
+    parser.add_argument(
+        "--bos",
+        choices=["none", "add"],
+        default="none",
+        help="begin documents with the tokenizer's bos_token, or with nothing (default: none)",
+    )
     parser.add_argument("--output", required=True, metavar="PREFIX")
     parser.add_argument("--validation-documents", type=int, default=0, metavar="N", help="first N documents go to PREFIX_validation")
     parser.add_argument("--validation-fraction", type=float, default=0.0, metavar="F", help="this share of documents, drawn, goes there")
@@ -47,9 +54,17 @@ def run(arguments: argparse.Namespace) -> int:
     silence_known_warnings()
     from nha_megatron.data.prepare import ValidationSplit, prepare, validation_prefix
     from nha_megatron.data.sources import expand_inputs, read_dataset, read_files
-    from nha_megatron.data.tokenizer import load_tokenizer
+    from nha_megatron.data.tokenizer import load_tokenizer, put_around_text
 
-    tokenizer = load_tokenizer(arguments.tokenizer, arguments.end_of_text)
+    tokenizer = load_tokenizer(arguments.tokenizer, arguments.end_of_text, arguments.bos)
+    before, _ = put_around_text(tokenizer.tokenizer)
+    if before and arguments.bos == "none":
+        token = tokenizer.tokenizer.id_to_token(before[0])
+        print(
+            f"note: the tokenizer puts {token} before every prompt, documents are prepared without it (--bos none), and the exported "
+            "tokenizer will put none. --bos add begins documents with it",
+            file=sys.stderr,
+        )
     if arguments.dataset is not None:
         texts = read_dataset(arguments.dataset, arguments.subset, arguments.split, arguments.text_field)
         source = f"dataset {arguments.dataset} {arguments.subset or ''} split {arguments.split}"

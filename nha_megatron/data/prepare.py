@@ -79,6 +79,7 @@ def prepare(
     about = {
         "vocab_size": tokenizer.vocab_size,
         "end_of_text": tokenizer.end_of_text,
+        "bos": tokenizer.bos,
         "tokenizer": tokenizer.path,
         "tokenizer_sha256": tokenizer.sha256,
         "source": source,
@@ -93,7 +94,7 @@ def prepare(
             else:
                 empty += 1
 
-    end = np.array([tokenizer.end_of_text], dtype=np.int32)
+    begin, end = (np.array([] if token is None else [token], dtype=np.int32) for token in (tokenizer.bos, tokenizer.end_of_text))
     documents = tokens = 0
     with ExitStack() as stack:
         train_writer = stack.enter_context(TokenFileWriter(prefix, **about))  # type: ignore[arg-type]
@@ -102,8 +103,9 @@ def prepare(
         stack.callback(encoded.close)  # type: ignore[attr-defined]
         for number, ids in enumerate(encoded):
             writer = validation_writer if validation_writer is not None and validation.contains(number) else train_writer
-            writer.add_document(np.concatenate([ids, end]))
-            documents, tokens = number + 1, tokens + ids.size + 1
+            document = np.concatenate([begin, ids, end])
+            writer.add_document(document)
+            documents, tokens = number + 1, tokens + document.size
             progress(documents, tokens)
         if documents == 0:
             raise ConfigError(f"{source}: no document has any text ({empty} empty ones). Check the input and the text field.")

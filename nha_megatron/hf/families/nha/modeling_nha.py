@@ -28,7 +28,6 @@ from nha_megatron.layers.modeling import LayerState, NHARMSNorm, TokenPlacement
 
 from .configuration_nha import NHAConfig
 
-
 logger = logging.get_logger(__name__)
 
 LOSS_KEYWORDS = ("num_items_in_batch", "ignore_index", "shift_labels")
@@ -204,7 +203,9 @@ class NHAModel(NHAPreTrainedModel):
         hidden_states = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         cache = self._cache(past_key_values, use_cache)
         past = 0 if cache is None else cache.seen
-        placement = token_placement(hidden_states.shape[:2], past, attention_mask=attention_mask, position_ids=position_ids, **markers)
+        placement = token_placement(
+            hidden_states.shape[:2], past, hidden_states.device, attention_mask=attention_mask, position_ids=position_ids, **markers
+        )
         if placement.cu_seqlens is not None and cache is not None:
             if past_key_values is not None or use_cache:
                 raise ValueError("several documents in one row cannot fill a cache: pass use_cache=False")

@@ -30,7 +30,7 @@ def refuse_unknown_keywords(keywords: Mapping[str, Any], known: Iterable[str]) -
     for name, value in keywords.items():
         if name in (*SILENT_KEYWORDS, *DOCUMENT_KEYWORDS) or value is None:
             continue
-        if name == "token_type_ids" and not bool(value.any()):  # some tokenizers return it, all zero
+        if name == "token_type_ids" and not bool(torch.as_tensor(value != 0).any()):  # some tokenizers return it, all zero
             continue
         allowed = sorted({*known, *DOCUMENT_KEYWORDS} - {"self", "kwargs"})
         close = get_close_matches(name, allowed, 1)
@@ -40,7 +40,13 @@ def refuse_unknown_keywords(keywords: Mapping[str, Any], known: Iterable[str]) -
 
 
 def token_placement(
-    shape: torch.Size, past: int, *, attention_mask: Tensor | None = None, position_ids: Tensor | None = None, **markers: Tensor | None
+    shape: torch.Size,
+    past: int,
+    device: torch.device,
+    *,
+    attention_mask: Tensor | None = None,
+    position_ids: Tensor | None = None,
+    **markers: Tensor | None,
 ) -> TokenPlacement:
     """What the arguments say about [B, T] new tokens after `past` positions. `markers`: DOCUMENT_KEYWORDS.
 
@@ -48,16 +54,19 @@ def token_placement(
         ValueError: they describe something that this model cannot compute exactly, or contradict each other.
     """
     batch, length = shape
-    given = {name: marker for name, marker in markers.items() if marker is not None}
+    given = {name: marker.to(device) for name, marker in markers.items() if marker is not None}
+    attention_mask = None if attention_mask is None else attention_mask.to(device)
+    position_ids = None if position_ids is None else position_ids.to(device)
     real, numbers = _read_mask(attention_mask, batch, past, length)
     if batch * length == 0 or (position_ids is None and numbers is None and not given):
         return TokenPlacement(real)
     if position_ids is not None and (position_ids.dim() != 2 or position_ids.shape[0] not in (1, batch) or position_ids.shape[1] != length):
-        raise ValueError(f"position_ids has shape {tuple(position_ids.shape)}: this model takes one entry per token, ({batch} or 1, {length})")
+        raise ValueError(
+            f"position_ids has shape {tuple(position_ids.shape)}: this model takes one entry per token, ({batch} or 1, {length})"
+        )
     if length == 1 and numbers is None and not given and not (past and bool((position_ids == 0).any())):
         return TokenPlacement(real)
 
-    device = (attention_mask if position_ids is None else position_ids).device if not given else next(iter(given.values())).device
     tokens = torch.ones(batch, length, dtype=torch.bool, device=device) if real is None else real
     before = _previous_token(tokens)
     begins: dict[str, Tensor] = {}  # [B, T]: True at the first token of each document
@@ -67,21 +76,21 @@ def token_placement(
         if name == "seq_idx":
             if marker.shape != (batch, length):
                 raise ValueError(f"seq_idx has shape {tuple(marker.shape)}: this model takes one entry per token, ({batch}, {length})")
-            begins[name] = _where_numbers_change(name, marker, tokens, before)
+            begins[name] = _where_numbers_change(name, marker.long(), tokens, before)
         elif real is not None:
             raise ValueError(f"{name} counts a batch without padding, attention_mask has some: leave the padding out, or {name}")
         else:
             begins[name] = _at_boundaries(name, marker, batch, length)
-    (first_name, first), *others = begins.items() if begins else [("", None)]
-    for name, other in others:
-        if not torch.equal(other.to(first.device), first):
+    first_name = next(iter(begins), "")
+    for name, other in begins.items():
+        if not torch.equal(other, begins[first_name]):
             raise ValueError(f"{first_name} and {name} mark other documents: give one of them, or both alike")
     if position_ids is not None:
         restarts = _where_positions_restart(position_ids.expand(batch, length), tokens, before, past, attention_mask)
-        if first is not None and bool((restarts & ~first.to(restarts.device)).any()):
+        if begins and bool((restarts & ~begins[first_name]).any()):
             raise ValueError(f"position_ids starts again where {first_name} marks no document: give one of them, or both alike")
-        first = restarts if first is None else first
-    return _placement(first, real, tokens, before, past)
+        begins.setdefault(first_name, restarts)
+    return _placement(begins[first_name], real, tokens, before, past)
 
 
 def _placement(begins: Tensor, real: Tensor | None, tokens: Tensor, before: Tensor, past: int) -> TokenPlacement:
@@ -114,13 +123,15 @@ def _read_mask(mask: Tensor | None, batch: int, past: int, length: int) -> tuple
         mask = mask.bool()
     low, high = (int(x) for x in torch.stack(mask.int().aminmax()).tolist())
     if low < 0:
-        raise ValueError(f"attention_mask has the value {low}: give 0 for padding, 1 for a token, or the numbers of packed documents from 1")
+        raise ValueError(
+            f"attention_mask has the value {low}: give 0 for padding, 1 for a token, or the numbers of packed documents from 1"
+        )
     if high > 1 and past:
         raise ValueError("attention_mask numbers packed documents: these cannot continue a cache, pass them without past_key_values")
     real = None if low > 0 else mask[:, past:].bool()
     if real is not None and past and bool(real.all()):
         real = None
-    return real, mask if high > 1 else None
+    return real, mask.long() if high > 1 else None
 
 
 def _previous_token(tokens: Tensor) -> Tensor:
