@@ -10,8 +10,8 @@ import torch
 def first_order_only(remedy: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Decorates the `backward` of an autograd function that is not differentiable itself: raises RuntimeError under `create_graph=True`.
 
-    Not `torch.autograd.function.once_differentiable`: it hangs its error on a branch that `autograd.grad` does not run, and forgets it where
-    the incoming gradient is a constant. Second derivatives are then silently wrong.
+    Not `torch.autograd.function.once_differentiable`: its error stands on a branch that `autograd.grad` does not run, and is absent
+    where the incoming gradient is a constant. Second derivatives are then silently wrong.
 
     Args:
         remedy: what to do instead, as a sentence without full stop.
