@@ -126,12 +126,14 @@ def attend_and_remember(
     """`hybrid_attention` and the memory after the last token."""
     check_arguments(q, k, v, g, options, cu_seqlens, memory)
     chosen = choose_backend("attention", backend, q, k, v, g, options.window)
+    if q.shape[0] == 0:  # kernels are not started on nothing
+        chosen = choose_backend("attention", "torch")
     assert chosen is not None, "attention goes through nothing else"
     memory = None if memory is None else memory.aligned()
     if not chosen.handles_gates:
         g = clamp_log_gates(g)
     if q.shape[1] == 0:
-        output = q.new_zeros(*q.shape[:3], v.shape[-1])
+        output = _KeepInGraph.apply(q.new_zeros(*q.shape[:3], v.shape[-1]), q, k, v, g)
         return output, memory or _empty_memory_like(q, k, v, g, options.window)
     output, new_memory = chosen.load()(q, k, v, g, options, cu_seqlens=cu_seqlens, memory=memory)
     return output if chosen.handles_gates else _KeepInGraph.apply(output, g), new_memory
@@ -210,13 +212,14 @@ def _are_boundaries(values: list[int], num_tokens: int) -> bool:
 
 
 class _KeepInGraph(torch.autograd.Function):
-    """Gives the gates a zero gradient where nothing is written; otherwise gradient reduction would wait for them for ever."""
+    """Gives tensors that `output` does not depend on a zero gradient, such as gates where nothing is written; otherwise gradient reduction
+    would wait for them for ever."""
 
     @staticmethod
-    def forward(ctx: Any, output: Tensor, g: Tensor) -> Tensor:
-        ctx.shape, ctx.options = g.shape, {"dtype": g.dtype, "device": g.device}
+    def forward(ctx: Any, output: Tensor, *unused: Tensor) -> Tensor:
+        ctx.unused = [(x.shape, {"dtype": x.dtype, "device": x.device}) for x in unused]
         return output.view_as(output)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor]:
-        return gradients[0], torch.zeros(ctx.shape, **ctx.options)
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, ...]:
+        return gradients[0], *(torch.zeros(shape, **options) for shape, options in ctx.unused)

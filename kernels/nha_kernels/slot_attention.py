@@ -53,7 +53,7 @@ def slot_attention(
         Output [B, T, HQ, V] of the softmax over the slots alone, its log-sum-exp [B, T, HQ], and the state after the last token.
     """
     batch, num_tokens, kv_heads, num_slots = written[2].shape
-    tokens_per_group = max(1, _ELEMENTS_PER_GROUP // (batch * kv_heads * num_slots * _CHUNK * _CHUNK)) * _CHUNK
+    tokens_per_group = max(1, _ELEMENTS_PER_GROUP // max(1, batch * kv_heads * num_slots * _CHUNK * _CHUNK)) * _CHUNK
     outputs, logsumexps = [], []
     keys, values, log_decay, document = state.keys, state.values, state.log_decay, state.document
     for start in range(0, num_tokens, tokens_per_group):

@@ -1,13 +1,13 @@
 """Exact softmax attention over the last W tokens, in blocks, with its log-sum-exp.
 
-Memory is that of one block of logits for any W: probabilities are recomputed in the backward from the log-sum-exp.
+Memory is that of one block of logits for any W: probabilities are recomputed in the backward from the log-sum-exp. The backward is made of
+differentiable operations, so second derivatives are right; they keep every block.
 """
 
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from .conventions import accumulation_dtype
 
@@ -94,7 +94,6 @@ class _WindowAttention(torch.autograd.Function):
         return out, logsumexp
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, d_out: Tensor, d_logsumexp: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, out, logsumexp, *rest = ctx.saved_tensors
         documents = rest[0] if rest else None

@@ -4,6 +4,7 @@ The result loads with plain transformers: AutoModelForCausalLM.from_pretrained(O
 """
 
 import argparse
+import sys
 
 from nha_megatron.exit_status import COMPLETE
 
@@ -18,6 +19,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     tokenizer = parser.add_mutually_exclusive_group()
     tokenizer.add_argument("--tokenizer", metavar="DIR", help="tokenizer to include (default: the one that the run names)")
     tokenizer.add_argument("--no-tokenizer", action="store_true", help="include no tokenizer")
+    parser.add_argument("--end-of-text", metavar="TOKEN", help="token that ends documents, for checkpoints that do not know (before 0.3)")
     parser.add_argument("--dtype", choices=("bf16", "fp32"), help="of the written weights (default: the run's precision)")
     parser.add_argument("--overwrite", action="store_true", help="replace OUT if it is a model directory")
 
@@ -33,8 +35,10 @@ def run(arguments: argparse.Namespace) -> int:
         arguments.out,
         tokenizer=arguments.tokenizer,
         with_tokenizer=not arguments.no_tokenizer,
+        end_of_text=arguments.end_of_text,
         dtype=arguments.dtype,
         overwrite=arguments.overwrite,
+        say=lambda text: print(f"note: {text}", file=sys.stderr),
     )
     print(f"{checkpoint} -> {arguments.out}")
     return COMPLETE

@@ -78,8 +78,8 @@ def _continue(arguments: argparse.Namespace, directory: Path) -> int:
     tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=True)
     model = AutoModelForCausalLM.from_pretrained(directory, trust_remote_code=True).eval()
     model.to("cuda" if torch.cuda.is_available() else "cpu")
-    prompt = tokenizer(arguments.prompt, return_tensors="pt").input_ids.to(model.device)
+    prompt = tokenizer(arguments.prompt, return_tensors="pt").to(model.device)
     sampling = {"do_sample": True, "temperature": arguments.temperature, "top_p": 0.95} if arguments.temperature > 0 else {}
-    tokens = model.generate(prompt, max_new_tokens=arguments.tokens, **sampling)
+    tokens = model.generate(**prompt, max_new_tokens=arguments.tokens, **sampling)
     print(tokenizer.decode(tokens[0], skip_special_tokens=True))
     return COMPLETE

@@ -46,6 +46,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--split-documents", choices=["file", "paragraph", "line"], default="file", help="one document in a text file")
     parser.add_argument("--tokenizer", required=True, metavar="DIR", help="a Hugging Face tokenizer directory")
     parser.add_argument("--end-of-text", metavar="TOKEN", help="token that ends a document (default: the tokenizer's eos_token)")
+    parser.add_argument(
+        "--bos",
+        choices=["none", "add"],
+        default="none",
+        help="begin documents with the tokenizer's bos_token, or with nothing (default: none)",
+    )
     parser.add_argument("--output", metavar="PREFIX", help="token files to write; needed with --input and --dataset")
     parser.add_argument("--overwrite", action="store_true", help="replace token files at PREFIX, and those of PREFIX_validation with them")
     parser.add_argument(
@@ -71,9 +77,17 @@ def run(arguments: argparse.Namespace) -> int:
     silence_known_warnings()
     from nha_megatron.config import ConfigError
     from nha_megatron.data.prepare import Prepared, ValidationSplit, prepare, prepare_files, validation_prefix
-    from nha_megatron.data.tokenizer import load_tokenizer
+    from nha_megatron.data.tokenizer import load_tokenizer, put_around_text
 
-    tokenizer = load_tokenizer(arguments.tokenizer, arguments.end_of_text)
+    tokenizer = load_tokenizer(arguments.tokenizer, arguments.end_of_text, arguments.bos)
+    before, _ = put_around_text(tokenizer.tokenizer)
+    if before and arguments.bos == "none":
+        token = tokenizer.tokenizer.id_to_token(before[0])
+        print(
+            f"note: the tokenizer puts {token} before every prompt, documents are prepared without it (--bos none), and the exported "
+            "tokenizer will put none. --bos add begins documents with it",
+            file=sys.stderr,
+        )
     if arguments.megatron is not None:
         return _adopt(arguments, tokenizer)
     if arguments.output is None:

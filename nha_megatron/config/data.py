@@ -33,6 +33,9 @@ class DataConfig(Section):
     packing: Literal["none", "concat", "best_fit"] = "none"
     """none: samples are cut from the stream of documents and attention crosses end-of-text. concat: the same cut, but attention, slots and
     positions start anew at every document. best_fit: so too, but documents are packed whole where they fit, and the rest is padding."""
+    bos: Literal["none", "add"] | None = None
+    """Whether documents begin with the tokenizer's bos token. That is decided when they are prepared (`nha-megatron prepare --bos`): null
+    takes what the token files say, and a value that they contradict is refused."""
     seed: NonNegative = 0
     """Seed of the sample order."""
     verify: Literal["sizes", "sampled", "full"] = "sampled"

@@ -33,12 +33,16 @@ _CHARACTERS_A_SECOND = 20_000
 _tokenizer: Tokenizer | None = None  # of a worker process
 
 
+# Ids put before every document (None: nothing) and after it, end-of-text.
+Around = tuple[int | None, int]
+
+
 @dataclass(frozen=True)
 class Encoded:
     """Documents of one block, one after the other, each ended by end-of-text."""
 
     tokens: np.ndarray  # int32
-    lengths: np.ndarray  # int64, of each document, end-of-text included
+    lengths: np.ndarray  # int64, of each document, what is put around it included
     counts: Counts
 
 
@@ -68,7 +72,7 @@ def _load(tokenizer_json: str) -> Tokenizer:
     return tokenizer
 
 
-def _encode(tokenizer: Tokenizer, block: Block, end_of_text: int) -> Encoded:
+def _encode(tokenizer: Tokenizer, block: Block, around: Around) -> Encoded:
     documents = block.documents()
     texts = [text for text in documents.texts if not (text.isspace() or not text)]
     documents.counts.empty += len(documents.texts) - len(texts)
@@ -76,22 +80,26 @@ def _encode(tokenizer: Tokenizer, block: Block, end_of_text: int) -> Encoded:
         encodings = tokenizer.encode_batch_fast(texts, add_special_tokens=False)
     except Exception as error:  # tokenizers raises bare Exception
         raise ConfigError(f"{block.where} and what follows: the tokenizer cannot encode it ({error}). Check the tokenizer.") from None
-    lengths = np.array([len(encoding) + 1 for encoding in encodings], dtype=np.int64)
+    begin, end = around
+    first = 0 if begin is None else 1
+    lengths = np.array([first + len(encoding) + 1 for encoding in encodings], dtype=np.int64)
     tokens = np.empty(int(lengths.sum()), dtype=np.int32)
     start = 0
     for encoding, length in zip(encodings, lengths.tolist(), strict=True):
-        tokens[start : start + length - 1] = encoding.ids
-        tokens[start + length - 1] = end_of_text
+        if begin is not None:
+            tokens[start] = begin
+        tokens[start + first : start + length - 1] = encoding.ids
+        tokens[start + length - 1] = end
         start += length
     return Encoded(tokens, lengths, documents.counts)
 
 
-def _encode_in_worker(block: Block, end_of_text: int) -> Encoded:
+def _encode_in_worker(block: Block, around: Around) -> Encoded:
     assert _tokenizer is not None
-    return _encode(_tokenizer, block, end_of_text)
+    return _encode(_tokenizer, block, around)
 
 
-def encode_blocks(blocks: Iterable[Block], tokenizer_json: str, end_of_text: int, workers: int) -> Iterator[Encoded]:
+def encode_blocks(blocks: Iterable[Block], tokenizer_json: str, around: Around, workers: int) -> Iterator[Encoded]:
     """The documents of each block, in order. workers = 1 encodes in this process.
 
     Raises ConfigError for what the input holds, if a worker dies, which is nearly always for lack of memory, and if a block takes many
@@ -100,7 +108,7 @@ def encode_blocks(blocks: Iterable[Block], tokenizer_json: str, end_of_text: int
     if workers == 1:
         tokenizer = _load(tokenizer_json)
         for block in blocks:
-            yield _in_time(lambda block=block: _encode(tokenizer, block, end_of_text), block)  # type: ignore[misc]
+            yield _in_time(lambda block=block: _encode(tokenizer, block, around), block)  # type: ignore[misc]
         return
     # A bounded queue: the text comes from a stream that may be larger than memory.
     pending: deque[tuple[Block, Future[Encoded]]] = deque()
@@ -121,7 +129,7 @@ def encode_blocks(blocks: Iterable[Block], tokenizer_json: str, end_of_text: int
 
     try:
         for block in blocks:
-            pending.append((block, executor.submit(_encode_in_worker, block, end_of_text)))
+            pending.append((block, executor.submit(_encode_in_worker, block, around)))
             if len(pending) >= 3 * workers:
                 yield first()
         while pending:
@@ -165,7 +173,7 @@ def _in_time(work: Callable[[], Encoded], block: Block) -> Encoded:
 
 def encode_documents(texts: Iterable[str], tokenizer_json: str, workers: int) -> Iterator[np.ndarray]:
     """int32 [length] for each text with any character but white space, in order, without special tokens. Else as `encode_blocks`."""
-    for encoded in encode_blocks(blocks_of(texts, "texts"), tokenizer_json, 0, workers):
+    for encoded in encode_blocks(blocks_of(texts, "texts"), tokenizer_json, (None, 0), workers):
         for document in np.split(encoded.tokens, np.cumsum(encoded.lengths)[:-1]) if encoded.lengths.size else []:
             yield document[:-1]
 

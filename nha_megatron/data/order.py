@@ -139,9 +139,29 @@ def open_samples(
                 f"token files {tokens.prefix!r} and {files[0].prefix!r} were made with different tokenizers. "
                 "Prepare all corpora of a run with the same tokenizer."
             )
+        require_bos(tokens, data, files[0])
     assert end_of_text is not None
     order = PackedOrder if data.packing == "best_fit" else CorpusOrder
     # A run without stages keeps the order that it has had since before there were any.
     own = () if stage == 1 else ("stage", stage)
     corpora = [order(tokens, data.sequence_length, derive_key(data.seed, split, i, *own)) for i, tokens in enumerate(files)]
     return SampleOrder(corpora, [entry.weight for entry in entries], end_of_text)
+
+
+def require_bos(tokens: TokenFile, data: DataConfig, first: TokenFile) -> None:
+    """Raises ConfigError if documents begin otherwise than `data.bos` says or than those of the first corpus."""
+    bos = tokens.manifest.bos
+    if data.bos not in (None, "none" if bos is None else "add"):
+        expected = f"data.bos is {data.bos}"
+    elif bos != first.manifest.bos:
+        expected = f"those of {first.prefix!r} with {_begin(first)}"
+    else:
+        return
+    raise ConfigError(
+        f"the documents of token files {tokens.prefix!r} begin with {_begin(tokens)}, {expected}. Prepare all corpora of a run with the "
+        "same --bos, and leave data.bos out or set it to that."
+    )
+
+
+def _begin(tokens: TokenFile) -> str:
+    return "no token of their own" if tokens.manifest.bos is None else f"bos token {tokens.manifest.bos}"

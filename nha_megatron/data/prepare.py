@@ -117,13 +117,16 @@ class _Output:
 
     def encode(self, blocks: Iterable[Block]) -> Iterator[Encoded]:
         """Encoded blocks, in order."""
-        return encode_blocks(blocks, f"{self.tokenizer.path}/tokenizer.json", self.tokenizer.end_of_text, self._workers)
+        return encode_blocks(
+            blocks, f"{self.tokenizer.path}/tokenizer.json", (self.tokenizer.bos, self.tokenizer.end_of_text), self._workers
+        )
 
     def write(self, runs: Iterable[tuple[np.ndarray, np.ndarray]], counts: Counts) -> Prepared:
         """Writes (tokens, lengths) of runs of documents. `counts` are those of the input when `runs` has ended."""
         about = {
             "vocab_size": self.tokenizer.vocab_size,
             "end_of_text": self.tokenizer.end_of_text,
+            "bos": self.tokenizer.bos,
             "tokenizer": self.tokenizer.path,
             "tokenizer_sha256": self.tokenizer.sha256,
             "source": self.source,
@@ -275,7 +278,13 @@ def prepare_files(
         if len(parts) == 1 and share is None:
             prepared = _directly(output, read(parts[0]), progress, check)
         else:
-            about = {"text_field": text_field, "unit": unit, "tokenizer": tokenizer.sha256, "end_of_text": tokenizer.end_of_text}
+            about = {
+                "text_field": text_field,
+                "unit": unit,
+                "tokenizer": tokenizer.sha256,
+                "end_of_text": tokenizer.end_of_text,
+                "bos": tokenizer.bos,
+            }
             made = _make_parts(output, parts, read, about, share, progress, say, check)
             if share is not None:
                 return None

@@ -54,6 +54,7 @@ class Manifest:
     source: str
     bin: FileRecord
     idx: FileRecord
+    bos: int | None = None  # token that begins every document; None: nothing does
 
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self), indent=2) + "\n"
@@ -126,6 +127,7 @@ class TokenFileWriter:
         tokenizer: str,
         tokenizer_sha256: str,
         source: str,
+        bos: int | None = None,
         max_sequence_tokens: int = MAX_SEQUENCE_TOKENS,
     ) -> None:
         self._final = paths_of(prefix)
@@ -139,6 +141,7 @@ class TokenFileWriter:
             "tokenizer": tokenizer,
             "tokenizer_sha256": tokenizer_sha256,
             "source": source,
+            "bos": bos,
         }
         self.documents = 0
         self._tokens = 0
@@ -153,6 +156,7 @@ class TokenFileWriter:
         """Append one document: a non-empty integer array [length] that ends with the end-of-text token."""
         assert tokens.ndim == 1 and tokens.size > 0, "a document has at least its end-of-text token"
         assert tokens[-1] == self._about["end_of_text"], "a document ends with the end-of-text token"
+        assert self._about["bos"] in (None, tokens[0]), "a document begins with the bos token"
         low, high = int(tokens.min()), int(tokens.max())
         assert low >= 0 and high < self._vocab_size, f"token id {low if low < 0 else high} outside [0, {self._vocab_size})"
         full, rest = divmod(tokens.size, self._max_sequence_tokens)

@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
@@ -39,27 +39,62 @@ class LoadedTokenizer:
     tokenizer: Tokenizer
     vocab_size: int
     end_of_text: int
+    bos: int | None = None  # put before every document; None: nothing is
 
 
-def load_tokenizer(directory: str | Path, end_of_text: str | None = None) -> LoadedTokenizer:
+def read_tokenizer(directory: str | Path) -> Tokenizer:
+    """The directory's tokenizer.json. Raises ConfigError if it is missing or cannot be read."""
+    path = _tokenizer_json(directory)
+    try:
+        return Tokenizer.from_file(str(path))
+    except Exception as error:  # tokenizers raises bare Exception
+        raise ConfigError(f"tokenizer: {path} cannot be read ({error}). Save the tokenizer again.") from error
+
+
+def load_tokenizer(directory: str | Path, end_of_text: str | None = None, bos: Literal["none", "add"] = "none") -> LoadedTokenizer:
     """Load a Hugging Face tokenizer directory; nothing in it is executed.
 
     end_of_text: the token that ends documents; None takes `eos_token` of tokenizer_config.json.
-    Raises ConfigError if files are missing or unreadable, or the token is not in the vocabulary.
+    bos: `add` begins documents with `bos_token` of tokenizer_config.json.
+    Raises ConfigError if files are missing or unreadable, or a token is not in the vocabulary.
     """
-    path = _tokenizer_json(directory)
-    try:
-        tokenizer = Tokenizer.from_file(str(path))
-    except Exception as error:  # tokenizers raises bare Exception
-        raise ConfigError(f"tokenizer: {path} cannot be read ({error}). Save the tokenizer again.") from error
+    tokenizer = read_tokenizer(directory)
     token = end_of_text if end_of_text is not None else _eos_token(Path(directory))
     identity = tokenizer.token_to_id(token)
     if identity is None:
         raise ConfigError(f"tokenizer {str(directory)!r}: the end-of-text token {token!r} is not in its vocabulary. Choose another.")
     vocab_size = max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1
     if vocab_size > 2**31:
-        raise ConfigError(f"tokenizer: {path} has token id {vocab_size - 1}; token files hold ids below 2^31. Save the tokenizer again.")
-    return LoadedTokenizer(str(directory), file_sha256(path), tokenizer, vocab_size, identity)
+        raise ConfigError(
+            f"tokenizer {str(directory)!r} has token id {vocab_size - 1}; token files hold ids below 2^31. Save the tokenizer again."
+        )
+    begin = _bos_token(directory, tokenizer) if bos == "add" else None
+    return LoadedTokenizer(str(directory), tokenizer_sha256(directory), tokenizer, vocab_size, identity, begin)
+
+
+def put_around_text(tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
+    """Ids that the tokenizer's template puts before and after every text, such as a bos token."""
+    encoding = tokenizer.encode("a")
+    inner = [place for place, special in enumerate(encoding.special_tokens_mask) if not special]
+    return (encoding.ids[: inner[0]], encoding.ids[inner[-1] + 1 :]) if inner else ([], [])
+
+
+def _bos_token(directory: str | Path, tokenizer: Tokenizer) -> int:
+    token = _named_token(Path(directory), "bos_token")
+    identity: int | None = None if token is None else tokenizer.token_to_id(token)
+    if identity is None:
+        named = "tokenizer_config.json names no bos_token" if token is None else f"its bos_token {token!r} is not in its vocabulary"
+        raise ConfigError(f"tokenizer {str(directory)!r}: {named}. Name one there, or prepare with --bos none.")
+    return identity
+
+
+def _eos_token(directory: Path) -> str:
+    token = _named_token(directory, "eos_token")
+    if token is None:
+        raise ConfigError(
+            f"tokenizer {str(directory)!r}: tokenizer_config.json names no eos_token. Say which token ends documents (--end-of-text)."
+        )
+    return token
 
 
 def read_tokenizer_config(directory: str | Path) -> dict[str, Any]:
@@ -76,15 +111,11 @@ def read_tokenizer_config(directory: str | Path) -> dict[str, Any]:
     return fields
 
 
-def _eos_token(directory: Path) -> str:
-    token = read_tokenizer_config(directory).get("eos_token")
+def _named_token(directory: Path, name: str) -> str | None:
+    token = read_tokenizer_config(directory).get(name)
     if isinstance(token, dict):  # saved as an AddedToken
         token = token.get("content")
-    if not isinstance(token, str):
-        raise ConfigError(
-            f"tokenizer {str(directory)!r}: tokenizer_config.json names no eos_token. Say which token ends documents (--end-of-text)."
-        )
-    return token
+    return token if isinstance(token, str) else None
 
 
 def require_replaceable(directory: str | Path, overwrite: bool) -> None:

@@ -24,18 +24,6 @@ from nha_megatron.publish import published_directory, writing
 INDEX = "model.safetensors.index.json"
 MAX_SHARD_BYTES = 5 * 10**9
 
-# Every file by which transformers knows a tokenizer. Anything else in its directory, such as weights or code, stays there.
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "tokenizer.model",
-    "chat_template.jinja",
-)
-
 
 def require_writable(directory: Path, overwrite: bool) -> None:
     """Raises ConfigError when `directory` may not be written or replaced. Called before any work is done."""
@@ -56,7 +44,7 @@ def write_directory(
     *,
     dtype: torch.dtype,
     code: Mapping[str, str],
-    tokenizer: Path | None = None,
+    tokenizer: Mapping[str, bytes] | None = None,
     overwrite: bool = False,
     max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> None:
@@ -65,7 +53,7 @@ def write_directory(
     Args:
         weights: by Hugging Face name; converted to `dtype` shard by shard.
         code: text of the files by name that transformers loads with trust_remote_code=True.
-        tokenizer: directory to copy tokenizer files from.
+        tokenizer: content of the tokenizer's files by name.
 
     Raises:
         ConfigError: `directory` is not empty and may not be replaced.
@@ -74,14 +62,13 @@ def write_directory(
     with writing(str(directory), directory.parent), published_directory(directory) as aside:
         config.dtype = dtype
         config.save_pretrained(aside)
-        _generation_config(config).save_pretrained(aside)
+        ids = {name: getattr(config, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+        GenerationConfig(**ids).save_pretrained(aside)
         write_safetensors(aside, weights, dtype, max_shard_bytes)
         for name, text in code.items():
             (aside / name).write_text(text, encoding="utf-8")
-        if tokenizer is not None:
-            for name in TOKENIZER_FILES:
-                if (tokenizer / name).is_file():
-                    shutil.copyfile(tokenizer / name, aside / name)
+        for name, content in (tokenizer or {}).items():
+            (aside / name).write_bytes(content)
 
 
 def write_safetensors(directory: Path, weights: Mapping[str, Tensor], dtype: torch.dtype, max_shard_bytes: int) -> None:
@@ -110,11 +97,3 @@ def split_into_shards(sizes: Mapping[str, int], max_bytes: int) -> list[list[str
         shards[-1].append(name)
         filled += size
     return shards
-
-
-def _generation_config(config: PretrainedConfig) -> GenerationConfig:
-    eos = config.eos_token_id
-    # Without a padding token of its own the model pads finished rows with end-of-text. That is a matter of generation only: as
-    # config.pad_token_id it would mark a token that the model must learn.
-    pad = config.pad_token_id if config.pad_token_id is not None else (eos[0] if isinstance(eos, list) else eos)
-    return GenerationConfig(bos_token_id=config.bos_token_id, eos_token_id=eos, pad_token_id=pad)

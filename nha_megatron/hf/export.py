@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import json
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from tokenizers import Tokenizer
 
 from nha_megatron.checkpoint import load_weights_full, read_manifest, resolve
 from nha_megatron.config import ConfigError, parse_config
-from nha_megatron.data.tokenizer import load_tokenizer
+from nha_megatron.data.identity import trained_tokens
 from nha_megatron.hf.directory import MAX_SHARD_BYTES, require_writable, write_directory
 from nha_megatron.hf.families.nha.export import code_files, to_hf_config
 from nha_megatron.hf.families.nha.family import FAMILY, require_exportable
+from nha_megatron.hf.tokenizer import exported_tokenizer, special_ids
 from nha_megatron.hf.weight_table import to_hf
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -25,9 +25,11 @@ def export_to_hf(
     *,
     tokenizer: str | Path | None = None,
     with_tokenizer: bool = True,
+    end_of_text: str | None = None,
     dtype: str | None = None,
     overwrite: bool = False,
     max_shard_bytes: int = MAX_SHARD_BYTES,
+    say: Callable[[str], None] = lambda text: None,
 ) -> Path:
     """Write the model of a checkpoint so that `AutoModelForCausalLM.from_pretrained(out, trust_remote_code=True)` loads it.
 
@@ -35,13 +37,15 @@ def export_to_hf(
         checkpoint: a checkpoint, a `checkpoints` folder or a run's folder; the newest checkpoint is taken.
         tokenizer: directory of the tokenizer; None takes the one that the run names, if it names one.
         with_tokenizer: False exports none.
+        end_of_text: token that ends documents. Needed where neither the checkpoint, made by an earlier version, nor the tokenizer says.
         dtype: "fp32" or "bf16" of the written weights; None takes the precision of the run.
+        say: gets a sentence about each thing in the tokenizer that is exported otherwise than it is.
 
     Returns:
         The checkpoint that was exported.
 
     Raises:
-        ConfigError: no sound checkpoint, a tokenizer that does not fit, or an output that may not be replaced.
+        ConfigError: no sound checkpoint, a tokenizer that is not the training's, or an output that may not be replaced.
     """
     out = Path(out)
     require_writable(out, overwrite)
@@ -51,7 +55,13 @@ def export_to_hf(
     require_exportable(config.model)
     source = tokenizer if tokenizer is not None else config.data.tokenizer
     tokenizer_directory = Path(source) if with_tokenizer and source is not None else None
-    tokens = {} if tokenizer_directory is None else special_tokens(tokenizer_directory, config.model.vocab_size)
+    trained = trained_tokens(manifest.data)
+    if tokenizer_directory is not None:
+        files, tokens = exported_tokenizer(tokenizer_directory, config.model.vocab_size, trained, end_of_text, say)
+    elif end_of_text is not None:
+        raise ConfigError("--end-of-text names a token of the tokenizer, and none is exported: give --tokenizer DIR, or leave it out")
+    else:
+        files, tokens = {}, special_ids(trained.end_of_text, trained.bos) if trained is not None else {}
     written = DTYPES[dtype or config.training.precision]
     stage = config.stage_at(manifest.step)  # a run in stages: the length that it has come to
     hf_config = to_hf_config(config.model, sequence_length=stage.config.data.sequence_length, dtype=written, tokens=tokens)
@@ -62,34 +72,8 @@ def export_to_hf(
         weights,
         dtype=written,
         code=code_files(config.model),
-        tokenizer=tokenizer_directory,
+        tokenizer=files,
         overwrite=overwrite,
         max_shard_bytes=max_shard_bytes,
     )
     return directory
-
-
-def special_tokens(directory: Path, vocab_size: int) -> dict[str, int | None]:
-    """Ids of the tokenizer's special tokens, by their name in Hugging Face configurations.
-
-    Raises:
-        ConfigError: the tokenizer cannot be read, or has more tokens than the model.
-    """
-    loaded = load_tokenizer(directory)
-    if loaded.vocab_size > vocab_size:
-        raise ConfigError(
-            f"the tokenizer in {directory} has {loaded.vocab_size} tokens, the model {vocab_size}: give the tokenizer that the model "
-            "was trained with (--tokenizer)"
-        )
-    names = json.loads((directory / "tokenizer_config.json").read_text(encoding="utf-8"))
-    return {
-        "bos_token_id": _token_id(loaded.tokenizer, names.get("bos_token")),
-        "eos_token_id": loaded.end_of_text,
-        "pad_token_id": _token_id(loaded.tokenizer, names.get("pad_token")),
-    }
-
-
-def _token_id(tokenizer: Tokenizer, token: object) -> int | None:
-    if isinstance(token, dict):  # saved as an AddedToken
-        token = token.get("content")
-    return tokenizer.token_to_id(token) if isinstance(token, str) else None

@@ -27,10 +27,11 @@ class LayerState(Protocol):
 
 
 class TokenPlacement(NamedTuple):
-    """Where the tokens of each sequence are in the batch. Both None: every row is one sequence without padding."""
+    """Where the tokens of each sequence are in the batch. Both None: every row is one sequence without padding. A cache is never given
+    with `cu_seqlens`."""
 
     real: Tensor | None = None  # bool [B, T]: False is padding, which is treated as if it were not there
-    cu_seqlens: Tensor | None = None  # int32 [N + 1]: document boundaries in the flattened batch
+    cu_seqlens: Tensor | None = None  # int32 [N + 1]: document boundaries among the real tokens of the flattened batch
 
 
 class NHARMSNorm(nn.Module):

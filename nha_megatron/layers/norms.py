@@ -16,6 +16,8 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.utils import ensure_metadata_has_dp_cp_group, make_sharded_tensors_for_checkpoint
 from torch import Tensor, nn
 
+from nha_kernels.first_order import first_order_only
+
 
 class RMSNorm(nn.Module):
     """x / rms(x) * weight over the last dimension. Megatron builds it with `(config=, hidden_size=, eps=)`.
@@ -103,6 +105,7 @@ class _ParallelRMSNorm(torch.autograd.Function):
         return (x_fp * inverse_rms * _up(weight)).to(x.dtype)
 
     @staticmethod
+    @first_order_only("Compute it without tensor parallelism")
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
         x, weight, inverse_rms = ctx.saved_tensors
         normalised, dy_fp = _up(x) * inverse_rms, _up(dy)

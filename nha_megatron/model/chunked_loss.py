@@ -21,7 +21,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+
+from nha_kernels.first_order import first_order_only
 
 
 def linear_cross_entropy(
@@ -100,7 +101,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return (losses * loss_mask).sum(dtype=torch.float64).float()
 
     @staticmethod
-    @once_differentiable
+    @first_order_only("Call the model without labels and take the cross entropy of its logits")
     def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
         assert ctx.gradients is not None, "the gradients of linear_cross_entropy can be taken once: they are scaled in place"
         (grad_hidden, grad_weight), ctx.gradients = ctx.gradients, None

@@ -12,7 +12,6 @@ import torch
 import torch.nn.functional as F
 from megatron.core.transformer.mlp import MLP
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 
 class GatedMLP(MLP):
@@ -37,10 +36,12 @@ class _SwiGLU(torch.autograd.Function):
         return F.silu(gate).mul_(up)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, d_out: Tensor) -> Tensor:
         (gate_up,) = ctx.saved_tensors
         gate, up = gate_up.chunk(2, dim=-1)
+        if torch.is_grad_enabled():  # create_graph=True: only operations that can be differentiated again
+            s = torch.sigmoid(gate)
+            return torch.cat([d_out * up * s * (1 + gate * (1 - s)), d_out * gate * s], dim=-1)
         d_gate_up = torch.empty_like(gate_up)
         d_gate, d_up = d_gate_up.chunk(2, dim=-1)
         torch.mul(d_out, F.silu(gate), out=d_up)

@@ -11,6 +11,7 @@ from __future__ import annotations
 from nha_megatron.config import ConfigError, RunConfig
 from nha_megatron.config.stage_plan import Stage
 from nha_megatron.data import Batch, BatchReader, SampleOrder, open_samples
+from nha_megatron.data.order import require_bos
 from nha_megatron.engine.layout import Layout
 
 
@@ -28,7 +29,7 @@ class StageData:
         self._training: BatchReader | None = None
         self._validation: BatchReader | None = None
         self.stage: Stage | None = None
-        end_of_text, tokenizer = None, None
+        end_of_text, tokenizer, first = None, None, None
         for stage in config.stages:
             data, vocabulary = stage.config.data, config.model.vocab_size
             training = open_samples(data, "train", end_of_text, vocabulary, stage.number)
@@ -42,6 +43,10 @@ class StageData:
             tokenizer = made_by
             validation = None if config.training.validate_every is None else open_samples(data, "validation", end_of_text, vocabulary)
             self._orders[stage.number] = training, validation
+            first = training.corpora[0].tokens if first is None else first
+            for order in (training, validation):
+                if order is not None:
+                    require_bos(order.corpora[0].tokens, data, first)
 
     def begin(self, stage: Stage, layout: Layout) -> None:
         """Reads this stage from now on, as this rank of the layout; the stages before it are let go."""

@@ -168,8 +168,6 @@ def test_packed_documents_do_not_see_each_other() -> None:
     [
         ({"position_ids": torch.tensor([[0, 1, 2, 3, 7, 8]])}, "count up by one"),
         ({"position_ids": torch.tensor([[0, 1, 2, 0, 1, 2]]), "use_cache": True}, "cannot fill a cache"),
-        ({"position_ids": torch.tensor([[0, 1, 2, 0, 1, 2]]), "attention_mask": torch.tensor([[1, 1, 1, 1, 1, 0]])}, "neither padding"),
-        ({"cu_seq_lens_q": torch.tensor([0, 3, 6])}, "position_ids that start again at 0"),
         ({"attention_mask": torch.ones(1, 1, 6, 6)}, "one entry per token"),
         ({"attention_mask": torch.ones(1, 5)}, "one entry per token"),
         ({"output_attentions": True}, "output_attentions is not available"),

@@ -87,6 +87,18 @@ def test_unused_gates_have_a_zero_gradient(backend: str) -> None:
     assert torch.count_nonzero(gradient) == 0
 
 
+@pytest.mark.parametrize("backend", ["reference", "torch"])
+@pytest.mark.parametrize(("batch", "tokens"), [(0, 9), (2, 0), (0, 0)])
+def test_nothing_to_attend_to_gives_nothing_and_stays_in_the_graph(batch: int, tokens: int, backend: str) -> None:
+    for window in (0, 4, None):
+        inputs = random_inputs(tokens, batch=batch).tensors
+        out, memory = nha_attention(*inputs, window=window, return_memory=True, backend=backend)
+        assert out.shape == (batch, tokens, 4, 8) and memory.length.shape == (batch,)
+        for x, gradient in zip(inputs, torch.autograd.grad(out.sum(), inputs), strict=True):
+            assert gradient.shape == x.shape
+        assert nha_attention(*inputs, window=window, memory=memory, backend=backend).shape == out.shape
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("empty_slots", ["attend", "mask", "weight"])
 @pytest.mark.parametrize("window", [0, 7])

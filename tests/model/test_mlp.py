@@ -58,3 +58,8 @@ def kept_by_the_mlp() -> tuple[int, int]:
 def test_the_mlp_keeps_its_input_gate_up_and_product(ranks: RankPool) -> None:
     ((kept, ffn),) = ranks.run(1, kept_by_the_mlp)
     assert kept == 64 + 3 * ffn
+
+
+def test_second_derivatives_of_swiglu() -> None:
+    gate_up = torch.randn(3, 8, dtype=torch.float64, requires_grad=True, generator=torch.Generator().manual_seed(0))
+    assert torch.autograd.gradgradcheck(swiglu, gate_up)

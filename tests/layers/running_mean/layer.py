@@ -14,6 +14,7 @@ from megatron.core.transformer.spec_utils import ModuleSpec, build_module
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
+from nha_kernels.first_order import first_order_only
 from nha_megatron.layers.documents import Documents
 from tests.layers.running_mean.config import RunningMeanOptions
 
@@ -107,6 +108,7 @@ class _Gather(torch.autograd.Function):
         return gathered
 
     @staticmethod
+    @first_order_only("Compute it without context parallelism")
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         gradient = gradient.contiguous()
         dist.all_reduce(gradient, group=ctx.group)

@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from ...first_order import first_order_only
 from ...options import AttentionOptions
 from ..architectures.tiles import Tiles
 from ..libraries.adapter import Bounds, WindowOutput
@@ -72,7 +72,7 @@ class AttentionBesideLibrary(torch.autograd.Function):
         return out, final
 
     @staticmethod
-    @once_differentiable
+    @first_order_only("Use backend='torch', which has them all")
     def backward(ctx: Any, d_out: Tensor | None, d_final: Tensor | None) -> tuple[Tensor | None, ...]:
         q, k, v, g, rotated_q, rotated_k, start, queries, rows, out, lse, slots, log_decay, *more = ctx.saved_tensors
         bounds = None if queries is None else Bounds(queries, rows)

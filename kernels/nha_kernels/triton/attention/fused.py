@@ -9,8 +9,8 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from ...first_order import first_order_only
 from ...options import AttentionOptions
 from ..architectures.tiles import Tiles
 from ..dispatch import choose_tiles, largest_group
@@ -72,7 +72,7 @@ class _FusedAttention(torch.autograd.Function):
         return out, final
 
     @staticmethod
-    @once_differentiable
+    @first_order_only("Use backend='torch', which has them all")
     def backward(ctx: Any, d_out: Tensor | None, d_final: Tensor | None) -> tuple[Tensor | None, ...]:
         q, k, v, g, start, cos, sin, out, lse, slots, log_decay = ctx.saved_tensors
         p = replace(ctx.problem, q=q, k=k, v=v, g=g, start_or_none=start, cos=cos, sin=sin)

@@ -9,7 +9,8 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+
+from ...first_order import first_order_only
 
 _TOKENS = 4  # of a program
 
@@ -70,7 +71,7 @@ class _Rotate(torch.autograd.Function):
         return _rotate(x, positions, frequencies, factor, first_position, inverse=False)
 
     @staticmethod
-    @once_differentiable
+    @first_order_only("Use backend='torch', which has them all")
     def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, ...]:
         positions, frequencies = ctx.saved_tensors
         return _rotate(d_out, positions, frequencies, ctx.factor, ctx.first_position, inverse=True), None, None, None, None

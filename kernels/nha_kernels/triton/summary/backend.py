@@ -4,8 +4,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from ...first_order import first_order_only
 from ...slot_summary import SummaryFunctions
 from .backward import add_summary_gradients_on_gpu
 from .forward import summarise_on_gpu
@@ -22,7 +22,7 @@ class _Summary(torch.autograd.Function):
         return out
 
     @staticmethod
-    @once_differentiable
+    @first_order_only("Use CPU tensors or float64, which go through PyTorch")
     def backward(ctx: Any, d_summary: Tensor) -> tuple[Tensor, ...]:
         k, v, g, *kept = ctx.saved_tensors
         gradients = tuple(torch.zeros(x.shape, dtype=x.dtype, device=x.device) for x in (k, v, g))

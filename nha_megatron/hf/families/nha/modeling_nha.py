@@ -8,6 +8,7 @@ Shapes: B batch, T new tokens.
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
@@ -18,13 +19,18 @@ from transformers.generation import GenerationMixin
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_utils import PreTrainedModel
+from transformers.utils import logging
 
 from nha_megatron.config.rope import inverse_frequencies, rope_problems
 from nha_megatron.hf.families.nha.attention_classes import attention_class
-from nha_megatron.hf.families.nha.token_placement import token_placement
+from nha_megatron.hf.families.nha.token_placement import DOCUMENT_KEYWORDS, refuse_unknown_keywords, token_placement
 from nha_megatron.layers.modeling import LayerState, NHARMSNorm, TokenPlacement
 
 from .configuration_nha import NHAConfig
+
+logger = logging.get_logger(__name__)
+
+LOSS_KEYWORDS = ("num_items_in_batch", "ignore_index", "shift_labels")
 
 
 class NHACache(Cache):
@@ -133,6 +139,16 @@ class NHAPreTrainedModel(PreTrainedModel):
     _skip_keys_device_placement = ["past_key_values", "cache"]  # noqa: RUF012
     _is_stateful = True  # a memory cannot be rolled back: `generate` then refuses assisted generation
 
+    def _check_and_adjust_attn_implementation(self, attn_implementation: str | None, *args: Any, **kwargs: Any) -> str:
+        """The names of other implementations are accepted, because scripts give them to every model; nothing is loaded for them."""
+        name = attn_implementation or "eager"
+        if name != "eager" and (name in ("sdpa", "flex_attention") or "flash" in name):
+            logger.warning_once(
+                f"attn_implementation={name!r} changes nothing in an NHA model: its own operator computes slots and window in one softmax"
+            )
+            name = "eager"
+        return super()._check_and_adjust_attn_implementation(name, *args, **kwargs)
+
 
 class NHAModel(NHAPreTrainedModel):
     def __init__(self, config: NHAConfig) -> None:
@@ -167,26 +183,32 @@ class NHAModel(NHAPreTrainedModel):
         """Hidden states of the new tokens, and the memory after them.
 
         Args:
-            attention_mask: [B, past + T] of 0 and 1. Padding may be anywhere: it is treated as if it were not there.
-            position_ids: [B or 1, T]. Needed only for packed documents, whose positions start again at 0; where they do, the memory
+            attention_mask: [B, past + T] of 0 and 1. Padding may be anywhere: it is treated as if it were not there. Larger integers
+                number packed documents: 1 1 1 2 2.
+            position_ids: [B or 1, T]. Needed only for packed documents, whose positions start again; where they do, the memory
                 starts empty. Otherwise they must count up, because the layers use distances between tokens alone.
+            cu_seq_lens_q, cu_seq_lens_k, cu_seqlens, seq_idx: other ways to mark packed documents (`token_placement`).
             past_key_values: an `NHACache`; its memory is continued and replaced.
 
         Raises:
-            ValueError: a mask, positions or a cache that cannot be honoured exactly.
+            ValueError: a mask, markers or a cache that cannot be honoured exactly. TypeError: a keyword that nothing reads.
         """
+        markers = {name: kwargs.pop(name, None) for name in DOCUMENT_KEYWORDS}
+        if kwargs:
+            refuse_unknown_keywords(kwargs, inspect.signature(NHAModel.forward).parameters)
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
         if self.config.output_attentions if output_attentions is None else output_attentions:
             raise ValueError("output_attentions is not available: slots and window share one softmax whose weights are never stored")
-        if kwargs.get("cu_seq_lens_q") is not None and position_ids is None:
-            raise ValueError("cu_seq_lens_q is not read: mark packed documents with position_ids that start again at 0")
         hidden_states = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         cache = self._cache(past_key_values, use_cache)
-        placement = token_placement(hidden_states.shape[:2], attention_mask, position_ids, 0 if cache is None else cache.seen)
+        past = 0 if cache is None else cache.seen
+        placement = token_placement(
+            hidden_states.shape[:2], past, hidden_states.device, attention_mask=attention_mask, position_ids=position_ids, **markers
+        )
         if placement.cu_seqlens is not None and cache is not None:
             if past_key_values is not None or use_cache:
-                raise ValueError("position_ids starts several documents in one row: these cannot fill a cache, pass use_cache=False")
+                raise ValueError("several documents in one row cannot fill a cache: pass use_cache=False")
             cache = None
 
         if output_hidden_states is None:
@@ -260,7 +282,11 @@ class NHAForCausalLM(NHAPreTrainedModel, GenerationMixin):
         Args:
             labels: [B, T], shifted inside, -100 where no loss is wanted.
             logits_to_keep: compute logits of the last so many positions only (0: all), or of the given positions.
+            shift_labels, num_items_in_batch, ignore_index: as the loss functions of transformers take them.
         """
+        loss_keywords = {name: kwargs.pop(name) for name in LOSS_KEYWORDS if name in kwargs}
+        if kwargs:
+            refuse_unknown_keywords(kwargs, [*inspect.signature(NHAForCausalLM.forward).parameters, *LOSS_KEYWORDS])
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -275,8 +301,8 @@ class NHAForCausalLM(NHAPreTrainedModel, GenerationMixin):
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(outputs.last_hidden_state[:, kept])
         loss = None
-        if labels is not None:
-            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+        if labels is not None or loss_keywords.get("shift_labels") is not None:
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **loss_keywords)
         output = CausalLMOutputWithPast(
             loss=loss, logits=logits, past_key_values=outputs.past_key_values, hidden_states=outputs.hidden_states
         )

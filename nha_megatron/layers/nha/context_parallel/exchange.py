@@ -23,9 +23,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from nha_kernels import AttentionOptions, ContinuedTokens, attention_statistics, continue_attention, hybrid_attention
+from nha_kernels.first_order import first_order_only
 from nha_kernels.slot_summary import add_summary_gradients, summarise_slots
 from nha_megatron.layers.boundaries import boundaries_on, documents_of_rows
 
@@ -184,7 +184,7 @@ class _Exchange(torch.autograd.Function):
         return q.view_as(q), *extended, compose_slots(pieces, plan.initial)
 
     @staticmethod
-    @once_differentiable
+    @first_order_only("Compute it without context parallelism")
     def backward(ctx: Any, d_q: Tensor, *gradients: Tensor) -> tuple[Any, ...]:
         plan: ContextParallelPlan = ctx.plan
         keys, values, log_gates, log_decays, *saved = ctx.saved_tensors

@@ -13,9 +13,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from nha_kernels.conventions import accumulation_dtype
+from nha_kernels.first_order import first_order_only
 
 from .plan import QueryHalves
 
@@ -49,7 +49,7 @@ class _Gather(torch.autograd.Function):
         return own_q, foreign_q, *(keys[:, run.first_key : run.stop] for run in (plan.own, plan.foreign))
 
     @staticmethod
-    @once_differentiable
+    @first_order_only("Compute it without context parallelism")
     def backward(ctx: Any, d_own_q: Tensor, d_foreign_q: Tensor, *d_keys: Tensor) -> tuple[Tensor | None, ...]:
         plan, size = ctx.plan, ctx.group.size()
         batch, tokens = d_own_q.shape[0], plan.own.tokens + plan.foreign.tokens
@@ -72,7 +72,7 @@ class _Return(torch.autograd.Function):
         return torch.cat([own, _exchange_halves(foreign, plan, group)], dim=1)
 
     @staticmethod
-    @once_differentiable
+    @first_order_only("Compute it without context parallelism")
     def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, ...]:
         return None, None, *_swap_second_half(d_out, ctx.plan, ctx.group)
 

@@ -14,9 +14,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from nha_kernels.conventions import accumulation_dtype
+from nha_kernels.first_order import first_order_only
 
 from .cost import kv_copies
 
@@ -39,7 +39,7 @@ class _HeadsToSequence(torch.autograd.Function):
         return _to_sequences(group, q, *(x.repeat_interleave(ctx.copies, dim=2) for x in (k, v)))
 
     @staticmethod
-    @once_differentiable
+    @first_order_only("Compute it without context parallelism")
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         d_q, d_k, d_v = _to_shards(ctx.group, *gradients)
         return None, d_q, _sum_copies(d_k, ctx.copies), _sum_copies(d_v, ctx.copies), torch.zeros(**ctx.gates)
@@ -52,7 +52,7 @@ class _SequenceToHeads(torch.autograd.Function):
         return _to_shards(group, out)[0]
 
     @staticmethod
-    @once_differentiable
+    @first_order_only("Compute it without context parallelism")
     def backward(ctx: Any, d_out: Tensor) -> tuple[None, Tensor]:
         return None, _to_sequences(ctx.group, d_out)[0]
 

@@ -19,8 +19,12 @@ def attend(
     """`nha_attention` over a batch with padding or packed documents. Outputs at padding are 0."""
     tokens = (q, k, v, g)
     if placement.cu_seqlens is not None:
-        flat = (x.flatten(0, 1)[None] for x in tokens)
-        return nha_attention(*flat, cu_seqlens=placement.cu_seqlens, **settings).view(*q.shape[:3], v.shape[-1]), None
+        if placement.real is None:
+            flat = (x.flatten(0, 1)[None] for x in tokens)
+            return nha_attention(*flat, cu_seqlens=placement.cu_seqlens, **settings).view(*q.shape[:3], v.shape[-1]), None
+        flat = (x[placement.real][None] for x in tokens)
+        result = nha_attention(*flat, cu_seqlens=placement.cu_seqlens, **settings)[0]
+        return v.new_zeros(*q.shape[:3], v.shape[-1]).index_put((placement.real,), result), None
     if placement.real is None:
         if return_memory or memory is not None:
             return nha_attention(*tokens, memory=memory, return_memory=True, **settings)
