@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ import nha_megatron  # noqa: E402
 from nha_megatron.known_warnings import silence_known_warnings  # noqa: E402
 
 silence_known_warnings()
+logging.getLogger("megatron.core.distributed.fsdp").setLevel(logging.WARNING)  # announces itself on import, which autodoc does
 
 project = "nha_megatron"
 author = "The nha_megatron authors"

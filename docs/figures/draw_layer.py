@@ -69,40 +69,44 @@ def draw_layer(axes: Axes) -> None:
     text(axes, soft_x + width / 2, soft_y + 0.55, "ONE softmax\nover M + W rows", SOFTMAX, 10.5, bold=True)
     arrow(axes, (slot_x + slots * 0.62 + 0.02, slot_y + 0.25), (soft_x - 0.05, soft_y + 0.85), SLOT, bend=-0.08)
     arrow(axes, (right + 0.08, y + SIDE / 2), (soft_x + 0.6, soft_y - 0.05), WINDOW, bend=0.28)
+    arrow(axes, (last, y + SIDE + 0.04), (soft_x - 0.05, soft_y + 0.4), INK, bend=-0.2)
+    text(axes, 8.35, 5.42, "query t", INK, 10, at="right")
     arrow(axes, (soft_x + width, soft_y + 0.55), (soft_x + width + 0.5, soft_y + 0.55), SOFTMAX)
     text(axes, soft_x + width + 1.0, soft_y + 0.55, "output\nof token t", INK, 10)
 
 
 def draw_exchange(axes: Axes) -> None:
-    """Below: what one rank tells the others so that each continues from the memory before its shard."""
-    text(axes, 0.1, 3.4, "Context parallelism: tokens stay in order, each rank hears what came before it", at="left", size=12.5, bold=True)
-    y, width, gap, count, window = 1.15, 4.0, 0.3, 6, 2
-    edges = [0.6 + rank * (width + gap) for rank in range(3)]
-    first_token = 0.82  # behind the slots with which the shard begins
+    """Below: what one rank tells the others so that each continues from the memory before its shard: slots, and W tokens in front."""
+    text(axes, 0.1, 3.5, "Context parallelism: tokens stay in order, each rank hears what came before it", at="left", size=12.5, bold=True)
+    y, width, gap, count, window = 1.15, 4.1, 0.25, 6, 2
+    step, side = 0.41, 0.34
+    edges = [0.4 + rank * (width + gap) for rank in range(3)]
+    first_halo, first_token = 0.76, 1.62  # behind the slots, behind the halo
     for rank, x in enumerate(edges):
-        box(axes, x, y - 0.16, width, 0.74, "white", GREY, 0.08)
+        box(axes, x, y - 0.18, width, 0.7, "white", GREY, 0.08)
         for column in range(2):
             for row in range(2):
-                known = rank > 0
-                face, edge = (SLOT_LIGHT, SLOT) if known else ("white", SLOT_LIGHT)
-                box(axes, x + 0.17 + column * 0.24, y - 0.01 + row * 0.24, 0.19, 0.19, face, edge, 0.03)
+                face, edge = (SLOT_LIGHT, SLOT) if rank else ("white", SLOT_LIGHT)
+                box(axes, x + 0.17 + column * 0.24, y - 0.05 + row * 0.24, 0.19, 0.19, face, edge, 0.03)
+        for i in range(window if rank else 0):
+            box(axes, x + first_halo + i * step, y, side, side, "white", WINDOW)
         for i in range(count):
             kept = i >= count - window
-            box(axes, x + first_token + i * STEP, y, SIDE, SIDE, WINDOW_LIGHT if kept else FAINT, WINDOW if kept else GREY)
+            box(axes, x + first_token + i * step, y, side, side, WINDOW_LIGHT if kept else FAINT, WINDOW if kept else GREY)
         span = ("tokens 0 … L-1", "tokens L … 2L-1", "tokens 2L … 3L-1")[rank]
-        text(axes, x + 1.9, y - 0.43, f"rank {rank}: {span}", INK, 10)
-    top, bottom = y + 0.62, y - 0.2
-    slots = [x + 0.4 for x in edges]
-    arrow(axes, (edges[0] + 2.1, top), (slots[1] - 0.06, top), SLOT, -0.28)
-    arrow(axes, (edges[0] + 1.8, top), (slots[2] - 0.12, top), SLOT, -0.2)
-    arrow(axes, (edges[1] + 2.1, top), (slots[2] + 0.12, top), SLOT, -0.28)
-    text(
-        axes, 6.9, 3.0, "summary: what a shard did to the slots, to all ranks behind it. Its size does not grow with the context", SLOT, 10
-    )
+        text(axes, x + 2.38, y - 0.43, f"rank {rank}: {span}", INK, 10)
+        text(axes, x + (0.6 if rank else 0.1), y + 0.72, "slots before the shard" if rank else "slots: empty on rank 0", SLOT, 9, at="left")
+    top, bottom = y + 0.56, y - 0.22
+    slots = [x + 0.38 for x in edges]
+    arrow(axes, (edges[0] + 3.4, top), (slots[1], top), SLOT, -0.28)
+    arrow(axes, (edges[0] + 2.5, top), (slots[2] + 0.14, top), SLOT, -0.3)
+    arrow(axes, (edges[1] + 3.4, top), (slots[2] - 0.12, top), SLOT, -0.28)
+    words = "summary: what a shard did to the slots, to all ranks behind it. Its size does not grow with the context"
+    text(axes, 6.8, 3.05, words, SLOT, 10)
     for source in (0, 1):
-        halo = edges[source] + first_token + (count - window / 2) * STEP
-        arrow(axes, (halo, bottom), (edges[source + 1] + 0.4, bottom), WINDOW, 0.42)
-    text(axes, 6.9, 0.08, "halo: the last W tokens, to the next rank", WINDOW, 10)
+        sent = edges[source] + first_token + (count - window / 2) * step
+        arrow(axes, (sent, bottom), (edges[source + 1] + first_halo + window * step / 2, bottom), WINDOW, 0.42)
+    text(axes, 6.8, 0.08, "halo: the last W tokens, to the next rank, which holds them in front of its own", WINDOW, 10)
 
 
 def main() -> None:

@@ -29,6 +29,7 @@ import torch
 import triton
 from check import check
 from check_cases import Case
+from compare import require_cuda_device
 from published import compile_in_parallel, published_composition, shorten_tuning
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -240,6 +241,7 @@ def main() -> None:
     which.add_argument("--without-published", action="store_true")
     parser.add_argument("--jobs", type=int, default=min(16, os.cpu_count() or 1), help="processes that compile the published composition")
     arguments = parser.parse_args()
+    require_cuda_device()
     layouts = [(int(q), int(kv)) for q, kv in (part.split("/") for part in arguments.heads.split(","))]
     with_published = importlib.util.find_spec("fla") is not None and not arguments.without_published
     if arguments.published_only and not with_published:

@@ -24,6 +24,7 @@ import triton
 from bench import graphed, measure_rates, median_ms
 from check import check
 from check_decode import DecodeCase
+from compare import require_cuda_device
 from torch import Tensor
 
 from nha_kernels import DecodeMemory, Memory, decode_memory, nha_attention, nha_decode_step
@@ -87,6 +88,7 @@ def main() -> None:
     parser.add_argument("--registers", default="chosen")
     parser.add_argument("--slots", default="chosen")
     arguments = parser.parse_args()
+    require_cuda_device()
     for tokens in map(int, arguments.tokens.split(",")):
         verdict = check(DecodeCase(steps=(tokens,) * 2, graph=True, kv_heads=KV_HEADS, group=QUERY_HEADS // KV_HEADS, slots=SLOTS))
         if not verdict["passed"] or "refused" in verdict:

@@ -17,6 +17,7 @@ import torch
 from bench import graphed, measure_rates, median_ms
 from check import check
 from check_summary import SummaryCase
+from compare import require_cuda_device
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
@@ -29,6 +30,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--lengths", default="8192,65536,131072")
     arguments = parser.parse_args()
+    require_cuda_device()
     verdict = check(SummaryCase(tokens=20001, kv_heads=KV_HEADS))
     if not verdict["passed"] or "refused" in verdict:
         sys.exit(f"the kernels fail their check, so they are not timed: {verdict}")

@@ -20,6 +20,7 @@ from unittest import mock
 import torch
 import triton
 from bench import graphed, median_ms
+from compare import require_cuda_device
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
@@ -93,6 +94,7 @@ def main() -> None:
     parser.add_argument("--output", type=pathlib.Path, default=pathlib.Path(__file__).parent / "results")
     parser.add_argument("--libraries", default="fused,cudnn,torch-flash,flash-attn,flash-attn-4")
     arguments = parser.parse_args()
+    require_cuda_device()
     rows = []
     for shape in SHAPES:
         for name in arguments.libraries.split(","):

@@ -5,7 +5,8 @@
 
 Cases cover every choice of tiles (check_cases.py); what dispatch refuses is listed with the reason and not run. Outputs start as NaN, and
 every case runs twice and must give the same bits, except those of kernels that are not deterministic. One line a case; exit status 1 when
-a case is outside of its tolerance. Compiling dominates the time, so cases are spread over processes, those that compile longest first.
+a case is outside of its tolerance, 2 without a GPU (`--list` needs none). Compiling dominates the time, so cases are spread over processes,
+those that compile longest first.
 """
 
 import argparse
@@ -27,7 +28,7 @@ import triton
 from check_cases import Case, cases
 from check_decode import DecodeCase, check_decode, decode_cases
 from check_summary import SummaryCase, check_summary, summary_cases
-from compare import TOLERANCES, make_gates, relative_error
+from compare import TOLERANCES, make_gates, relative_error, require_cuda_device
 from torch import Tensor
 
 from nha_kernels import Memory, explain_dispatch, nha_attention
@@ -175,6 +176,7 @@ def main() -> None:
         return
     if not chosen:
         sys.exit("no case has such a name; --list prints them")
+    require_cuda_device()
     chosen.sort(key=lambda case: -case.cost if isinstance(case, Case) else -0.5)  # what takes longest begins first
     began = time.time()
     results = []

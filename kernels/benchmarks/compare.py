@@ -1,4 +1,6 @@
-"""What the checks share: tolerances, how an error is measured, gates of several kinds."""
+"""What checks and benchmarks share: tolerances, how an error is measured, gates of several kinds, and that they need a GPU."""
+
+import sys
 
 import torch
 from torch import Tensor
@@ -8,6 +10,13 @@ TOLERANCES = {  # relative L2 error of outputs and of gradients
     torch.bfloat16: (5e-3, 1e-2),
     torch.float16: (5e-3, 1e-2),
 }
+
+
+def require_cuda_device() -> None:
+    """Ends the program with one sentence and exit status 2 where there is none."""
+    if not torch.cuda.is_available():
+        print("no CUDA device was found: the kernels run on a GPU only, so start this on a machine that has one", file=sys.stderr)
+        sys.exit(2)
 
 
 def relative_error(value: Tensor, exact: Tensor) -> float:

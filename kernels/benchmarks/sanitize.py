@@ -26,6 +26,7 @@ from check import make_inputs, run
 from check_cases import Case
 from check_decode import DecodeCase, check_decode
 from check_summary import SummaryCase, check_summary
+from compare import require_cuda_device
 
 _SECONDS = 100  # of one case under one tool
 
@@ -110,6 +111,7 @@ def main() -> None:
     parser.add_argument("--output", type=pathlib.Path, help="text file: a line a case, and the whole log of what is not clean")
     parser.add_argument("--case", type=int, help="run this case in this process and nothing else")
     arguments = parser.parse_args()
+    require_cuda_device()
     if arguments.case is not None:
         run_case(CASES[arguments.case])
         return
