@@ -23,6 +23,8 @@ REGISTERS = 128  # of a thread: 16 warps take all of a multiprocessor's
 class Buffers(NamedTuple):
     """What the kernels hand to each other for a slab of `chunks` chunks."""
 
+    border_cos: Tensor
+    border_sin: Tensor
     rotated: Tensor
     cos: Tensor
     sin: Tensor
@@ -40,7 +42,7 @@ class Starts(NamedTuple):
 
     slots: Tensor
     log_decay: Tensor
-    chunks_per_segment: int  # of 64 tokens
+    chunks_per_segment: int  # of 64 tokens; a power of two, at most 16
 
 
 def empty_starts(k: Tensor, v: Tensor, g: Tensor, chunks_per_segment: int) -> Starts:
@@ -76,8 +78,8 @@ def forward(
     buffers = _buffers(k, v, g, min(most, chunks))
     for first in range(0, chunks, most):
         count = min(most, chunks - first)
-        _form_factors(g, buffers, first, count)
-        _prepare(k, v, g, frequencies, angles, buffers, first, count)
+        _form_factors(g, frequencies, buffers, first, count)
+        _prepare(k, v, g, angles, buffers, first, count)
         _carry(buffers, final, starts, first, count)
         _attend(q, k, v, buffers, out, lse, scale, empty_slots, first, count)
     return out, lse, final
@@ -91,6 +93,8 @@ def _buffers(k: Tensor, v: Tensor, g: Tensor, chunks: int) -> Buffers:
         return torch.empty(*shape, dtype=dtype, device=k.device)
 
     return Buffers(
+        border_cos=empty(chunks + 1, key_dim // 2, dtype=torch.float32),
+        border_sin=empty(chunks + 1, key_dim // 2, dtype=torch.float32),
         rotated=empty(batch * (chunks + 1) * CHUNK * kv_heads * key_dim),
         cos=empty(chunks * CHUNK, key_dim // 2, dtype=torch.float16),
         sin=empty(chunks * CHUNK, key_dim // 2, dtype=torch.float16),
@@ -104,7 +108,7 @@ def _buffers(k: Tensor, v: Tensor, g: Tensor, chunks: int) -> Buffers:
     )
 
 
-def _form_factors(g: Tensor, buffers: Buffers, first: int, count: int) -> None:
+def _form_factors(g: Tensor, frequencies: Tensor, buffers: Buffers, first: int, count: int) -> None:
     batch, num_tokens, kv_heads, slots = g.shape
     b = buffers
     form_factors[(count * batch * kv_heads,)](
@@ -115,19 +119,24 @@ def _form_factors(g: Tensor, buffers: Buffers, first: int, count: int) -> None:
         b.weights,
         b.decay,
         b.log_decay,
+        frequencies,
+        b.border_cos,
+        b.border_sin,
         num_tokens,
         batch * kv_heads,
         first,
         count,
         H=kv_heads,
         M=slots,
+        P=b.cos.shape[1],
+        PAIRS=frequencies.shape[0],
         FLOOR=GATE_FLOOR,
         num_warps=slots // 32,
     )
 
 
 def _prepare(
-    k: Tensor, v: Tensor, g: Tensor, frequencies: Tensor, angles: tuple[Tensor, Tensor], buffers: Buffers, first: int, count: int
+    k: Tensor, v: Tensor, g: Tensor, angles: tuple[Tensor, Tensor], buffers: Buffers, first: int, count: int
 ) -> None:
     batch, num_tokens, kv_heads, key_dim = k.shape
     b = buffers
@@ -135,7 +144,8 @@ def _prepare(
         k,
         v,
         b.weights,
-        frequencies,
+        b.border_cos,
+        b.border_sin,
         *angles,
         b.rotated,
         b.cos,
@@ -150,7 +160,6 @@ def _prepare(
         V=v.shape[3],
         M=g.shape[3],
         C=CHUNK,
-        PAIRS=frequencies.shape[0],
         num_warps=4,
         num_stages=1,
         maxnreg=128,
@@ -159,8 +168,8 @@ def _prepare(
 
 def _carry(buffers: Buffers, final: Tensor, starts: Starts | None, first: int, count: int) -> None:
     batch, kv_heads, slots, width = final.shape
-    starts_slots, starts_logs, per_segment = starts or (buffers.decay, buffers.decay, 1)
-    carry_slots[(slots, batch * kv_heads, (width - 1) // 128)](
+    starts_slots, starts_logs, per_segment = starts or (buffers.decay, buffers.decay, 0)
+    carry_slots[(slots, batch * kv_heads, (width - 1) // 128 + 1)](
         buffers.slots,
         buffers.decay,
         buffers.log_decay,
@@ -169,13 +178,11 @@ def _carry(buffers: Buffers, final: Tensor, starts: Starts | None, first: int, c
         starts_logs,
         count,
         starts_slots.shape[1],
-        per_segment,
-        first // per_segment,
+        first // max(1, per_segment),
         M=slots,
         D=width - 1,
-        BD=128,
         FIRST=first == 0,
-        STARTS=starts is not None,
+        PER_SEGMENT=per_segment,
         num_warps=1,
     )
 

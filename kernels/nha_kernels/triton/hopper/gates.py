@@ -51,6 +51,13 @@ def _store_block(at, strength, exponent, BLOCK: gl.constexpr, M: gl.constexpr, l
     gl.store(at + (BLOCK * 16 + index)[:, None] * M + slot[None, :], (strength * gl.exp2(exponent)).to(at.dtype.element_ty))
 
 
+@gluon.jit
+def _store_angle(at_cos, at_sin, position, frequency):
+    angle = position.to(gl.float64) * frequency  # in float32 it is off by 0.03 rad at a million tokens
+    gl.store(at_cos, gl.cos(angle).to(gl.float32))
+    gl.store(at_sin, gl.sin(angle).to(gl.float32))
+
+
 @gluon.jit(do_not_specialize=LENGTHS)
 def form_factors(
     g,  # [B, T, H, M]
@@ -60,18 +67,29 @@ def form_factors(
     weights,  # [B*H, chunks, 64, M] strength and decay of the writes up to the chunk's end
     decay,  # [B*H, chunks, M] log2 of the slots' decay over the chunk
     log_decay,  # [B*H, chunks, M] sum of the log-gates over the chunk
+    frequencies,  # [PAIRS] float64
+    border_cos,  # [1 + chunks, P] cosines of the position at which a chunk begins; the first row is for the chunk before the slab
+    border_sin,
     T,
     heads,  # B * H
     first_chunk,  # of the slab
     num_chunks,  # of the slab
     H: gl.constexpr,
     M: gl.constexpr,
+    P: gl.constexpr,  # K / 2
+    PAIRS: gl.constexpr,  # of channels that rotate
     FLOOR: gl.constexpr,
 ):
     layout: gl.constexpr = gl.BlockedLayout([16, 1], [1, 32], [1, M // 32], [0, 1])
     n, bh = gl.program_id(0) // heads, (gl.program_id(0) % heads).to(gl.int64)
     b, h = bh // H, bh % H
     query = (first_chunk + n) * 64
+    if bh == 0:
+        pair = gl.arange(0, P, layout=gl.SliceLayout(0, layout))
+        frequency = gl.load(frequencies + pair, mask=pair < PAIRS, other=0.0)
+        _store_angle(border_cos + (n + 1) * P + pair, border_sin + (n + 1) * P + pair, query, frequency)
+        if n == 0:
+            _store_angle(border_cos + pair, border_sin + pair, query - 64, frequency)
     base = (b * T + query - 64) * H + h
     slot = gl.arange(0, M, layout=gl.SliceLayout(0, layout))
     nothing = gl.zeros([M], gl.float32, gl.SliceLayout(0, layout))

@@ -19,7 +19,8 @@ def prepare_chunks(
     k,  # [B, T, H, K]
     v,  # [B, T, H, V]
     weights,  # [B*H, chunks, 64, M] strength and decay of the writes up to the chunk's end
-    frequencies,  # [PAIRS] float64
+    border_cos,  # [1 + chunks, K/2] of the position at which a chunk begins
+    border_sin,
     offset_cos,  # [64 or more, K/2] by distance
     offset_sin,
     rotated,  # [B, 64 + slab, H, K] keys rotated by their position; the first 64 rows are those before the slab
@@ -35,7 +36,6 @@ def prepare_chunks(
     V: tl.constexpr,
     M: tl.constexpr,
     C: tl.constexpr,
-    PAIRS: tl.constexpr,
 ):
     n, bh = tl.program_id(0) // heads - 1, (tl.program_id(0) % heads).to(tl.int64)
     b, h = bh // H, bh % H
@@ -62,9 +62,8 @@ def prepare_chunks(
     at_own = ((b * T + chunk * C) * H + h) * K + index[:, None] * (H * K) + pair[None, :]
     x1 = tl.load(k + at_own, mask=in_sequence[:, None], other=0.0).to(tl.float32)
     x2 = tl.load(k + at_own + P, mask=in_sequence[:, None], other=0.0).to(tl.float32)
-    frequency = tl.load(frequencies + pair, mask=pair < PAIRS, other=0.0).to(tl.float64)
-    angle = (chunk * C).to(tl.float64) * frequency
-    c, s = _add_angles(tl.cos(angle).to(tl.float32), tl.sin(angle).to(tl.float32), offset_cos, offset_sin, index, P)
+    at_border = (n + 1) * P + pair
+    c, s = _add_angles(tl.load(border_cos + at_border), tl.load(border_sin + at_border), offset_cos, offset_sin, index, P)
     at_rotated = rotated + ((b * (num_chunks + 1) + n + 1) * (C * H) + h) * K + index[:, None] * (H * K) + pair[None, :]
     tl.store(at_rotated, (x1 * c - x2 * s).to(rotated.dtype.element_ty))
     tl.store(at_rotated + P, (x2 * c + x1 * s).to(rotated.dtype.element_ty))
