@@ -26,8 +26,7 @@ class Buffers(NamedTuple):
     border_cos: Tensor
     border_sin: Tensor
     rotated: Tensor
-    cos: Tensor
-    sin: Tensor
+    angles: Tensor
     writes: Tensor
     to_row: Tensor
     to_reference: Tensor
@@ -96,8 +95,7 @@ def _buffers(k: Tensor, v: Tensor, g: Tensor, chunks: int) -> Buffers:
         border_cos=empty(chunks + 1, key_dim // 2, dtype=torch.float32),
         border_sin=empty(chunks + 1, key_dim // 2, dtype=torch.float32),
         rotated=empty(batch * (chunks + 1) * CHUNK * kv_heads * key_dim),
-        cos=empty(chunks * CHUNK, key_dim // 2, dtype=torch.float16),
-        sin=empty(chunks * CHUNK, key_dim // 2, dtype=torch.float16),
+        angles=empty(chunks * CHUNK, 2, key_dim // 2, dtype=torch.float16),
         writes=empty(tiles * WRITE_ROWS, slots),
         to_row=empty(tiles * CHUNK, slots),
         to_reference=empty(tiles * SUBTILES, slots, dtype=torch.float32),
@@ -128,7 +126,7 @@ def _form_factors(g: Tensor, frequencies: Tensor, buffers: Buffers, first: int, 
         count,
         H=kv_heads,
         M=slots,
-        P=b.cos.shape[1],
+        P=b.angles.shape[2],
         PAIRS=frequencies.shape[0],
         FLOOR=GATE_FLOOR,
         num_warps=slots // 32,
@@ -148,8 +146,7 @@ def _prepare(
         b.border_sin,
         *angles,
         b.rotated,
-        b.cos,
-        b.sin,
+        b.angles,
         b.slots,
         num_tokens,
         batch * kv_heads,
@@ -202,9 +199,8 @@ def _attend(
         _described(b.slots, (64, 128)),
         _described(b.writes, (64, 64)),
         _described(q, (1, CHUNK // SUBTILES, HEADS, 128)),
-        _described(out, (1, CHUNK // SUBTILES, HEADS, 128)),
-        b.cos,
-        b.sin,
+        _described(out, (1, CHUNK // SUBTILES, HEADS, 64)),
+        b.angles,
         b.to_row,
         b.to_reference,
         lse,

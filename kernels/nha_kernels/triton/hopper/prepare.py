@@ -24,8 +24,7 @@ def prepare_chunks(
     offset_cos,  # [64 or more, K/2] by distance
     offset_sin,
     rotated,  # [B, 64 + slab, H, K] keys rotated by their position; the first 64 rows are those before the slab
-    cos,  # [slab, K/2] by position
-    sin,
+    angles,  # [slab, 2, K/2] cosines and sines by position
     updates,  # [B*H, chunks, M, K+V] what the chunk adds to the slots
     T,
     heads,  # B * H
@@ -68,6 +67,6 @@ def prepare_chunks(
     tl.store(at_rotated, (x1 * c - x2 * s).to(rotated.dtype.element_ty))
     tl.store(at_rotated + P, (x2 * c + x1 * s).to(rotated.dtype.element_ty))
     if (n >= 0) & (bh == 0):
-        at_angle = (n * C + index)[:, None] * P + pair[None, :]
-        tl.store(cos + at_angle, c.to(cos.dtype.element_ty))
-        tl.store(sin + at_angle, s.to(sin.dtype.element_ty))
+        at_angle = (n * C + index)[:, None] * (2 * P) + pair[None, :]
+        tl.store(angles + at_angle, c.to(angles.dtype.element_ty))
+        tl.store(angles + at_angle + P, s.to(angles.dtype.element_ty))
