@@ -6,10 +6,12 @@ Outputs start as NaN and every case runs twice for the same bits. Milliseconds u
 """
 
 import argparse
+import contextlib
 import json
 import pathlib
 import sys
 from typing import Any
+from unittest import mock
 
 import torch
 import triton
@@ -18,8 +20,8 @@ from compare import make_gates, relative_error
 from torch import Tensor
 
 from nha_kernels import nha_attention
-from nha_kernels.triton.hopper.forward import Starts, empty_starts, forward
-from nha_kernels.triton.rope_table import rope_table
+from nha_kernels.triton.attention.rope_table import rope_table
+from nha_kernels.triton.hopper.forward import Starts, empty_starts, hopper_forward
 
 WINDOW, SLOTS, DIM = 64, 64, 128
 OFFSETS = 320  # of the table of angles that the backward of training reads
@@ -41,7 +43,7 @@ def frequencies() -> Tensor:
 
 def ours(q: Tensor, k: Tensor, v: Tensor, g: Tensor, rope: Tensor, starts: Starts | None, empty_slots: str = "attend", factor: float = 1.0):  # type: ignore[no-untyped-def]
     angles = rope_table(rope, factor, OFFSETS, k)
-    return forward(q, k, v, g, rope, angles, DIM**-0.5, empty_slots, starts)
+    return hopper_forward(q, k, v, g, rope, angles, DIM**-0.5, empty_slots, starts)
 
 
 def check(batch: int, tokens: int, kv_heads: int, group: int, gates: str, empty_slots: str) -> bool:
@@ -71,7 +73,12 @@ def check(batch: int, tokens: int, kv_heads: int, group: int, gates: str, empty_
     errors["starts"] = worst
     good = same and all(error <= 5e-3 for error in errors.values())
     described = " ".join(f"{name}={error:.1e}" for name, error in errors.items())
-    print(f"{'ok  ' if good else 'FAIL'} B {batch} T {tokens} {kv_heads * group}/{kv_heads} {gates} {empty_slots}: {described}" + "" * same + " not the same bits" * (not same), flush=True)
+    print(
+        f"{'ok  ' if good else 'FAIL'} B {batch} T {tokens} {kv_heads * group}/{kv_heads} {gates} {empty_slots}: {described}"
+        + "" * same
+        + " not the same bits" * (not same),
+        flush=True,
+    )
     return good
 
 
@@ -83,7 +90,18 @@ def kernel_times(function: Any, calls: int = 20) -> dict[str, float]:
         for _ in range(calls):
             function()
         torch.cuda.synchronize()
-    return {event.key: round(event.device_time_total / calls / 1e3, 4) for event in profile.key_averages() if event.device_time_total > 0}
+    events = [event for event in profile.key_averages() if event.device_time_total > 0 and not event.key.startswith("void at::")]
+    return {event.key: round(event.device_time_total / calls / 1e3, 4) for event in events}
+
+
+def peak_gb(function: Any) -> float:
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    kept = function()
+    torch.cuda.synchronize()
+    del kept
+    return (torch.cuda.max_memory_allocated() - before) / 1e9
 
 
 def main() -> None:
@@ -95,7 +113,12 @@ def main() -> None:
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = True
     cases = [(1, 320, 2, 4, gates, "attend") for gates in ("usual", "slow", "extreme", "mixed")]
-    cases += [(1, 333, 2, 4, "mixed", "mask"), (2, 201, 3, 4, "usual", "attend"), (1, 63, 1, 8, "usual", "attend"), (1, 1, 1, 4, "usual", "mask")]
+    cases += [
+        (1, 333, 2, 4, "mixed", "mask"),
+        (2, 201, 3, 4, "usual", "attend"),
+        (1, 63, 1, 8, "usual", "attend"),
+        (1, 1, 1, 4, "usual", "mask"),
+    ]
     cases += [(2, 1000, 8, 4, "usual", "attend"), (3, 129, 2, 12, "slow", "mask"), (1, 33000, 1, 4, "mixed", "attend")]
     good = [check(*case) for case in cases]
     if not all(good):
@@ -109,19 +132,25 @@ def main() -> None:
     rows = []
     for tokens in map(int, arguments.lengths.split(",")):
         inputs = make_inputs(1, tokens, 8, 4, "usual")
-        rope = frequencies()
-        starts = empty_starts(*inputs[1:], 4)
-        contestants = {
-            "general": lambda: nha_attention(*inputs, window=WINDOW, rope=rope, backend="triton"),  # noqa: B023
-            "hopper": lambda: ours(*inputs, rope, None),  # noqa: B023
-            "hopper, with starts": lambda: ours(*inputs, rope, starts),  # noqa: B023
-        }
-        for name, function in contestants.items():
-            with torch.no_grad():
-                ms = median_ms(graphed(function))
-                row = {"name": name, "tokens": tokens, "forward_graph": ms, "kernels": kernel_times(function)}
+        leaves, rope = [x.clone().requires_grad_() for x in inputs], frequencies()
+        gradient = torch.randn_like(inputs[0])
+
+        def forward() -> Tensor:
+            return nha_attention(*inputs, window=WINDOW, rope=rope, backend="triton")  # noqa: B023
+
+        def both() -> tuple[Tensor, ...]:
+            return torch.autograd.grad(nha_attention(*leaves, window=WINDOW, rope=rope, backend="triton"), leaves, gradient)  # noqa: B023
+
+        for name in ("general", "hopper"):
+            refused = mock.patch.object(fused, "refusal_of_hopper", return_value="the general kernels are timed")
+            with refused if name == "general" else contextlib.nullcontext():
+                row = {"name": name, "tokens": tokens, "forward_eager": median_ms(forward), "both_eager": median_ms(both)}
+                if tokens <= 32768:
+                    row |= {"forward_graph": median_ms(graphed(forward)), "both_graph": median_ms(graphed(both))}
+                row |= {"forward_gb": peak_gb(forward), "both_gb": peak_gb(both)}
+                row["kernels"] = kernel_times(both)
             rows.append(row)
-            print(f"T {tokens} {name}: {ms:.4f} ms  {row['kernels']}", flush=True)
+            print(" ".join(f"{key} {value:.4f}" if isinstance(value, float) else f"{value}" for key, value in row.items()), flush=True)
     if arguments.output:
         summary = {"device": torch.cuda.get_device_name(), "torch": torch.__version__, "triton": triton.__version__, "rows": rows}
         arguments.output.write_text(json.dumps(summary, indent=1) + "\n")

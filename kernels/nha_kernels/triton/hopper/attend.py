@@ -109,12 +109,11 @@ def _fill_writes(writes_desc, buffer, bar, at_chunk, there, SUBTILE: gl.constexp
 
 
 @gluon.jit
-def _attend_subtiles(
-    k_desc, rotated_desc, v_desc, slots_desc, writes_desc, q_desc, out_desc, angles, to_row_at, to_reference_at, lse,
-    buffers, bars, T, first_chunk, num_chunks, zero, scale,
-    H: gl.constexpr, R: gl.constexpr, PARTS: gl.constexpr, EMPTY: gl.constexpr, GROUP: gl.constexpr,
-):  # fmt: skip
+def _attend_subtiles(call, H: gl.constexpr, R: gl.constexpr, PARTS: gl.constexpr, EMPTY: gl.constexpr, GROUP: gl.constexpr):
     """The subtiles of warp group GROUP, chunk by chunk."""
+    tensors, sizes, buffers, bars = call
+    k_desc, rotated_desc, v_desc, slots_desc, writes_desc, q_desc, out_desc, angles, to_row_at, to_reference_at, lse = tensors
+    T, first_chunk, num_chunks, zero, scale = sizes
     m64: gl.constexpr = _accumulator(64)
     operand: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=m64, k_width=2)
     rows: gl.constexpr = gl.BlockedLayout([4, 8], [4, 8], [4, 1], [1, 0])  # a thread holds four heads of a token
@@ -305,40 +304,14 @@ def attend_chunks(
     G1: gl.constexpr = 1
     G2: gl.constexpr = 2
     G3: gl.constexpr = 3
+    tensors = (k_desc, rotated_desc, v_desc, slots_desc, writes_desc, q_desc, out_desc, angles, to_row, to_reference, lse)
+    call = (tensors, (T, first_chunk, num_chunks, zero, scale), buffers, bars)
     gl.warp_specialize(
         [
-            (
-                _attend_subtiles,
-                (
-                    k_desc, rotated_desc, v_desc, slots_desc, writes_desc, q_desc, out_desc, angles, to_row, to_reference, lse, buffers,
-                    bars, T, first_chunk, num_chunks, zero, scale,
-                    H, R, PARTS, EMPTY, G0,
-                ),
-            ),  # fmt: skip
-            (
-                _attend_subtiles,
-                (
-                    k_desc, rotated_desc, v_desc, slots_desc, writes_desc, q_desc, out_desc, angles, to_row, to_reference, lse, buffers,
-                    bars, T, first_chunk, num_chunks, zero, scale,
-                    H, R, PARTS, EMPTY, G1,
-                ),
-            ),  # fmt: skip
-            (
-                _attend_subtiles,
-                (
-                    k_desc, rotated_desc, v_desc, slots_desc, writes_desc, q_desc, out_desc, angles, to_row, to_reference, lse, buffers,
-                    bars, T, first_chunk, num_chunks, zero, scale,
-                    H, R, PARTS, EMPTY, G2,
-                ),
-            ),  # fmt: skip
-            (
-                _attend_subtiles,
-                (
-                    k_desc, rotated_desc, v_desc, slots_desc, writes_desc, q_desc, out_desc, angles, to_row, to_reference, lse, buffers,
-                    bars, T, first_chunk, num_chunks, zero, scale,
-                    H, R, PARTS, EMPTY, G3,
-                ),
-            ),  # fmt: skip
+            (_attend_subtiles, (call, H, R, PARTS, EMPTY, G0)),
+            (_attend_subtiles, (call, H, R, PARTS, EMPTY, G1)),
+            (_attend_subtiles, (call, H, R, PARTS, EMPTY, G2)),
+            (_attend_subtiles, (call, H, R, PARTS, EMPTY, G3)),
         ],
         [4, 4, 4],
         [REGISTERS, REGISTERS, REGISTERS],

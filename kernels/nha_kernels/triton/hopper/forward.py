@@ -11,10 +11,10 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from .attend import attend_chunks
 from .borders import carry_slots
+from .conditions import HEADS
 from .gates import CHUNK, SUBTILES, WRITE_ROWS, form_factors
 from .prepare import prepare_chunks
 
-HEADS = 4  # query heads of a tile
 GATE_FLOOR = -8.0
 SLAB = 32768  # tokens whose slots are in device memory at the same time, about
 REGISTERS = 128  # of a thread: 16 warps take all of a multiprocessor's
@@ -44,13 +44,15 @@ class Starts(NamedTuple):
     chunks_per_segment: int  # of 64 tokens; a power of two, at most 16
 
 
-def empty_starts(k: Tensor, v: Tensor, g: Tensor, chunks_per_segment: int) -> Starts:
+def empty_starts(k: Tensor, v: Tensor, g: Tensor, chunks: int) -> Starts:
+    """For segments of `chunks` chunks or the next power of two, at most 16."""
+    chunks_per_segment = min(16, triton.next_power_of_2(chunks))
     heads, segments = k.shape[0] * k.shape[2], triton.cdiv(triton.cdiv(k.shape[1], CHUNK), chunks_per_segment)
     slots = torch.empty(heads, segments, g.shape[3], k.shape[3] + v.shape[3], dtype=torch.float32, device=k.device)
     return Starts(slots, torch.empty(slots.shape[:3], dtype=torch.float32, device=k.device), chunks_per_segment)
 
 
-def forward(
+def hopper_forward(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -64,10 +66,11 @@ def forward(
     """Output [B, T, HQ, V], log-sum-exp [B, T, HQ] and slots after the last token [B, H, M, K+V+1] in float32. Fills `starts`.
 
     Args:
-        frequencies: [K/2] float64, or fewer where not all channels rotate: then none must.
-        angles: cosines and sines by distance, at least 64 of them.
+        frequencies: of the rotation, [K/2].
+        angles: its cosines and sines by distance, [64 or more, K/2].
     """
-    batch, num_tokens, query_heads, _ = q.shape
+    batch, num_tokens = q.shape[:2]
+    frequencies = frequencies.contiguous()
     out = torch.empty(*q.shape[:3], v.shape[3], dtype=q.dtype, device=q.device)
     lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
     final = torch.empty(batch, k.shape[2], g.shape[3], k.shape[3] + v.shape[3] + 1, dtype=torch.float32, device=q.device)
@@ -133,9 +136,7 @@ def _form_factors(g: Tensor, frequencies: Tensor, buffers: Buffers, first: int, 
     )
 
 
-def _prepare(
-    k: Tensor, v: Tensor, g: Tensor, angles: tuple[Tensor, Tensor], buffers: Buffers, first: int, count: int
-) -> None:
+def _prepare(k: Tensor, v: Tensor, g: Tensor, angles: tuple[Tensor, Tensor], buffers: Buffers, first: int, count: int) -> None:
     batch, num_tokens, kv_heads, key_dim = k.shape
     b = buffers
     prepare_chunks[((count + 1) * batch * kv_heads,)](

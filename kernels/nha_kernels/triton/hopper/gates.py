@@ -24,7 +24,10 @@ def _add(a, b):
 
 
 @gluon.jit
-def _take_block(at_gates, base, query, T, carried, exact, BLOCK: gl.constexpr, H: gl.constexpr, M: gl.constexpr, FLOOR: gl.constexpr, layout: gl.constexpr):
+def _take_block(
+    at_gates, base, query, T, carried, exact,
+    BLOCK: gl.constexpr, H: gl.constexpr, M: gl.constexpr, FLOOR: gl.constexpr, layout: gl.constexpr,
+):  # fmt: skip
     """Sixteen tokens: strength of the writes, sums of the log2-gates from the chunk's border, to the block's reference, and over the chunk
     so far; the last with and without the gates' floor."""
     index = gl.arange(0, 16, layout=gl.SliceLayout(1, layout))
