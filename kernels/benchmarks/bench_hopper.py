@@ -20,6 +20,7 @@ from compare import make_gates, relative_error
 from torch import Tensor
 
 from nha_kernels import nha_attention
+from nha_kernels.triton.attention import fused
 from nha_kernels.triton.attention.rope_table import rope_table
 from nha_kernels.triton.hopper.forward import Starts, empty_starts, hopper_forward
 

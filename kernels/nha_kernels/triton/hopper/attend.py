@@ -116,8 +116,8 @@ def _attend_subtiles(call, H: gl.constexpr, R: gl.constexpr, PARTS: gl.constexpr
     T, first_chunk, num_chunks, zero, scale = sizes
     m64: gl.constexpr = _accumulator(64)
     operand: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=m64, k_width=2)
-    rows: gl.constexpr = gl.BlockedLayout([4, 8], [4, 8], [4, 1], [1, 0])  # a thread holds four heads of a token
-    by_head: gl.constexpr = gl.BlockedLayout([1, 4, 8], [4, 1, 8], [4, 1, 1], [2, 1, 0])
+    rows: gl.constexpr = gl.BlockedLayout([2, 8], [8, 4], [4, 1], [1, 0])  # a thread holds four heads of a token
+    by_head: gl.constexpr = gl.BlockedLayout([1, 2, 8], [4, 2, 4], [4, 1, 1], [2, 1, 0])
     # Rows of the window: 16 GROUP .. 16 GROUP + 79 of the 128, in three pieces that start at multiples of their sizes.
     A: gl.constexpr = 32 * ((GROUP + 1) // 2)
     B: gl.constexpr = A + 32
@@ -171,7 +171,7 @@ def _attend_subtiles(call, H: gl.constexpr, R: gl.constexpr, PARTS: gl.constexpr
         scores = gl.convert_layout(gl.where(pairs, scores, 0.0).to(gl.bfloat16), operand)
         mbarrier.wait(writes_full, phase)
         to_row = to_row.to(gl.float32)
-        e = warpgroup_mma(scores, write, e * to_reference) * to_row
+        e = warpgroup_mma(scores, write, e * to_reference.to(gl.float32)) * to_row
         if EMPTY == 1:  # nothing has been written before the window is full
             e = gl.where((t0 + token >= 64)[:, None], e, float("-inf"))
         largest = gl.max(e, 1) * logit_scale
@@ -180,22 +180,24 @@ def _attend_subtiles(call, H: gl.constexpr, R: gl.constexpr, PARTS: gl.constexpr
         p = gl.exp2(e * logit_scale - largest[:, None])
         total = gl.sum(p, 1)
         p *= to_row
-        weights = warpgroup_mma(gl.convert_layout(p.to(gl.bfloat16), operand), write.permute((1, 0)), zeros, use_acc=False)
-        p = gl.convert_layout((p * to_reference).to(gl.bfloat16), operand)
+        p = p.to(gl.bfloat16)
+        weights = warpgroup_mma(gl.convert_layout(p, operand), write.permute((1, 0)), zeros, use_acc=False)
+        p = gl.convert_layout(p * to_reference, operand)
         weights = gl.convert_layout(gl.where(pairs, weights, 0.0).to(gl.bfloat16), operand)
 
         # Rotated queries take the place of the raw ones.
-        first, second = queries.slice(0, 64, dim=1), queries.slice(64, 64, dim=1)
-        x1 = gl.convert_layout(gl.reshape(first.load(rows), [16, R, 64]), by_head).to(gl.float32)
-        x2 = gl.convert_layout(gl.reshape(second.load(rows), [16, R, 64]), by_head).to(gl.float32)
-        place = n * 64 + 16 * GROUP + gl.arange(0, 16, layout=gl.SliceLayout(1, gl.SliceLayout(1, by_head)))
-        pair = gl.arange(0, 64, layout=gl.SliceLayout(0, gl.SliceLayout(1, by_head)))
-        at_angle = place[:, None] * 128 + pair[None, :]
-        c = gl.expand_dims(gl.load(angles + at_angle).to(gl.float32), 1)
-        s = gl.expand_dims(gl.load(angles + at_angle + 64).to(gl.float32), 1)
         sync()
-        first.store(gl.reshape((x1 * c - x2 * s).to(gl.bfloat16), [64, 64]))
-        second.store(gl.reshape((x2 * c + x1 * s).to(gl.bfloat16), [64, 64]))
+        for piece in gl.static_range(2):
+            first, second = queries.slice(piece * 32, 32, dim=1), queries.slice(64 + piece * 32, 32, dim=1)
+            x1 = gl.convert_layout(gl.reshape(first.load(rows), [16, R, 32]), by_head).to(gl.float32)
+            x2 = gl.convert_layout(gl.reshape(second.load(rows), [16, R, 32]), by_head).to(gl.float32)
+            place = n * 64 + 16 * GROUP + gl.arange(0, 16, layout=gl.SliceLayout(1, gl.SliceLayout(1, by_head)))
+            pair = piece * 32 + gl.arange(0, 32, layout=gl.SliceLayout(0, gl.SliceLayout(1, by_head)))
+            at_angle = place[:, None] * 128 + pair[None, :]
+            c = gl.expand_dims(gl.load(angles + at_angle).to(gl.float32), 1)
+            s = gl.expand_dims(gl.load(angles + at_angle + 64).to(gl.float32), 1)
+            first.store(gl.reshape((x1 * c - x2 * s).to(gl.bfloat16), [64, 32]))
+            second.store(gl.reshape((x2 * c + x1 * s).to(gl.bfloat16), [64, 32]))
         fence_async_shared()
         sync()
         if GROUP == 0:

@@ -101,7 +101,7 @@ def _buffers(k: Tensor, v: Tensor, g: Tensor, chunks: int) -> Buffers:
         angles=empty(chunks * CHUNK, 2, key_dim // 2, dtype=torch.float16),
         writes=empty(tiles * WRITE_ROWS, slots),
         to_row=empty(tiles * CHUNK, slots),
-        to_reference=empty(tiles * SUBTILES, slots, dtype=torch.float32),
+        to_reference=empty(tiles * SUBTILES, slots),
         weights=empty(tiles * CHUNK, slots),
         slots=empty(tiles * slots, key_dim + v.shape[3]),
         decay=empty(tiles, slots, dtype=torch.float32),
