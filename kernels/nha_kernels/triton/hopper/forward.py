@@ -16,7 +16,7 @@ from .gates import CHUNK, SUBTILES, WRITE_ROWS, form_factors
 from .prepare import prepare_chunks
 
 GATE_FLOOR = -8.0
-SLAB = 16384  # tokens whose slots are in device memory at the same time, about
+SLAB = 32768  # tokens whose slots are in device memory at the same time, about
 REGISTERS = 128  # of a thread: 16 warps take all of a multiprocessor's
 
 
