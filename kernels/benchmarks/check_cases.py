@@ -119,6 +119,12 @@ def _listed() -> list[Case]:
         Case(dtype="float32", tokens=70, group=3, key_dim=256, value_dim=256, slots=32, window=20),  # one head at a time
         Case(dtype="float32", tokens=60, group=1, key_dim=256, value_dim=64, slots=16, gates="mixed"),
         Case(dtype="float32", tokens=60, group=2, key_dim=64, value_dim=256, slots=96, window=0),
+        # The forward for Hopper GPUs, which also takes the first three: masked slots, several rows, tiles of a KV head, slabs and segments.
+        Case(batch=3, tokens=201, kv_heads=3, empty_slots="mask"),
+        Case(batch=2, tokens=129, group=8, gates="mixed", empty_slots="mask"),
+        Case(tokens=1, kv_heads=1),
+        Case(tokens=64, group=16, kv_heads=1),
+        Case(tokens=40000, kv_heads=1, gates="mixed"),
         Case(tokens=9000, batch=2, gates="slow"),  # several slabs of the backward
         Case(tokens=17000, kv_heads=1, group=2, gates="mixed", documents=(0, 9000, 17000)),  # and of the forward
         Case(tokens=900, window=600),

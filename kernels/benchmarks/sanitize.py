@@ -32,6 +32,7 @@ _SECONDS = 100  # of one case under one tool
 
 CASES: list[Case | DecodeCase | SummaryCase] = [
     Case(tokens=75, kv_heads=1),
+    Case(tokens=300, kv_heads=44),  # programs of the forward for Hopper GPUs that take several chunks
     Case(tokens=75, kv_heads=1, group=1, window=20),
     Case(tokens=75, kv_heads=1, group=8, slots=128, window=0),
     Case(tokens=75, kv_heads=1, group=2, slots=48, documents=(0, 20, 20, 75), memory=(40,), empty_slots="weight"),

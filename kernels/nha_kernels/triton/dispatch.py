@@ -14,6 +14,8 @@ from ..decode import DecodeMemory
 from ..memory import Memory
 from .architectures import Architecture, architecture_of, capability_of, checked_architecture, checked_capabilities
 from .architectures.tiles import Tiles
+from .hopper.conditions import HEADS
+from .hopper.conditions import refusal_of_tensors as refusal_of_hopper
 from .libraries.choice import choose_library, library_pays, window_call
 
 _HAS_TRITON = importlib.util.find_spec("triton") is not None  # comes with the CUDA builds of torch
@@ -157,9 +159,15 @@ def explain_dispatch(
     if window is None and memory is None:
         return f"triton: {library}; slots are never written"
     group, most = q.shape[2] // k.shape[2], largest_group(q, v)
-    parts = f", {-(-group // most)} parts of the {group} query heads to a KV head" if group > most else ""
+    count = -(-group // most)
+    parts = f", {count} parts of the {group} query heads to a KV head" if count > 1 else ""
     tiles = choose_tiles(q, k, v, g, 0 if window is None else window)
-    return f"triton: {library}, slots fused{parts}, {tiles}" if library else f"triton: fused{parts}, {tiles}"
+    if library:
+        return f"triton: {library}, slots fused{parts}, {tiles}"
+    hopper = ""
+    if memory is None and cu_seqlens is None and group % (HEADS * count) == 0 and refusal_of_hopper(q, v, g, window) is None:
+        hopper = ", forward by the Hopper kernels where all channels rotate and empty slots attend or are masked"
+    return f"triton: fused{parts}{hopper}, {tiles}"
 
 
 def explain_decode_dispatch(q: Tensor, k: Tensor, v: Tensor, g: Tensor, memory: Memory) -> str:

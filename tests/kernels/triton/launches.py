@@ -15,6 +15,8 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.experimental.gluon._runtime import GluonASTSource, GluonJITFunction
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.runtime.jit import JITFunction
 
 _POINTERS = {
@@ -41,13 +43,16 @@ class Launch:
                 signature[parameter.name] = "constexpr"
                 constants[(position,)] = value
                 continue
-            if isinstance(value, torch.Tensor):
+            if isinstance(value, TensorDescriptor):
+                signature[parameter.name] = f"tensordesc<{_POINTERS[value.base.dtype][1:]}{list(value.block_shape)},{value.layout!r}>"
+            elif isinstance(value, torch.Tensor):
                 signature[parameter.name] = _POINTERS[value.dtype]
             else:
                 signature[parameter.name] = "fp32" if isinstance(value, float) else "i32"
             if isinstance(value, torch.Tensor) or (isinstance(value, int) and value % 16 == 0 and not parameter.do_not_specialize):
                 attributes[(position,)] = [["tt.divisibility", 16]]
-        source = ASTSource(fn=self.kernel, signature=signature, constexprs=constants, attrs=attributes)
+        language = GluonASTSource if isinstance(self.kernel, GluonJITFunction) else ASTSource
+        source = language(fn=self.kernel, signature=signature, constexprs=constants, attrs=attributes)
         return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=self.options)
 
 

@@ -14,12 +14,13 @@ from ...first_order import first_order_only
 from ...options import AttentionOptions
 from ..architectures.tiles import Tiles
 from ..dispatch import choose_tiles, largest_group
+from ..hopper.conditions import refusal as refusal_of_hopper
 from .backward_slots import backward_slots
 from .backward_window import backward_window
 from .forward import forward
 from .problem import Problem
 from .rope_table import rope_table
-from .states import SegmentStarts, segment_starts
+from .states import SegmentStarts, chunks_per_segment, segment_starts
 
 T = TypeVar("T")
 
@@ -60,15 +61,20 @@ class _FusedAttention(torch.autograd.Function):
             attend_window=True,
             tiles=tiles,
         )
-        starts = segment_starts(problem, None if initial is None else initial.contiguous())
-        out, lse, final = forward(problem, starts)
+        ctx.set_materialize_grads(False)
+        if refusal_of_hopper(q, k, v, g, options, continues=initial is not None or start is not None) is None:
+            out, lse, final, starts = _forward_on_hopper(problem, wants_starts=any(ctx.needs_input_grad))
+            if starts is None:
+                return out, final
+        else:
+            starts = segment_starts(problem, None if initial is None else initial.contiguous())
+            out, lse, final = forward(problem, starts)
         ctx.save_for_backward(q, k, v, g, start, cos, sin, out, lse, starts.slots, starts.log_decay)
         ctx.problem = replace(
             problem, q=q.new_empty(0), k=q.new_empty(0), v=q.new_empty(0), g=q.new_empty(0), start_or_none=None, cos=None, sin=None
         )
         ctx.chunks_per_segment = starts.chunks_per_segment
         ctx.has_initial = initial is not None
-        ctx.set_materialize_grads(False)
         return out, final
 
     @staticmethod
@@ -83,6 +89,20 @@ class _FusedAttention(torch.autograd.Function):
             backward_window(p, lse, d_out, gradients)
         d_initial = d_initial.view(p.batch, p.kv_heads, *d_initial.shape[1:]) if ctx.has_initial else None
         return gradients.q, gradients.keys, gradients.values, gradients.gates, d_initial, None, None, None, None
+
+
+def _forward_on_hopper(p: Problem, *, wants_starts: bool) -> tuple[Tensor, Tensor, Tensor, SegmentStarts | None]:
+    from ..hopper.forward import CHUNK, empty_starts, hopper_forward  # Gluon, which other versions of triton may not have
+
+    assert p.options.rope is not None and p.cos is not None and p.sin is not None
+    starts, of_chunks = None, CHUNK // p.C
+    if wants_starts:
+        starts = empty_starts(p.k, p.v, p.g, -(-chunks_per_segment(p) // of_chunks))
+    scale = p.options.logit_scale(p.key_dim)
+    out, lse, final = hopper_forward(p.q, p.k, p.v, p.g, p.options.rope, (p.cos, p.sin), scale, p.options.empty_slots, starts)
+    if starts is None:
+        return out, lse, final, None
+    return out, lse, final, SegmentStarts(starts.slots, starts.log_decay, starts.chunks_per_segment * of_chunks)
 
 
 def fused_attention(

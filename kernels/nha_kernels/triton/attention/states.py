@@ -210,12 +210,18 @@ _SEGMENTS_OF_SLAB = 16  # a slab is scanned by itself: enough segments to fill t
 _LEAST_CHUNKS = 8  # shorter segments cost more in composing than they gain
 
 
+def chunks_per_segment(problem: Problem) -> int:
+    p = problem
+    heads, width = p.batch * p.kv_heads, p.key_dim + p.value_dim
+    per_chunk = heads * triton.cdiv(p.num_slots, p.tiles.scan_slots) * (width // p.tiles.scan_columns)
+    return max(_LEAST_CHUNKS, min(triton.cdiv(p.num_chunks * per_chunk, _PROGRAMS), p.tiles.backward_slab // _SEGMENTS_OF_SLAB))
+
+
 def segment_starts(problem: Problem, initial: Tensor | None) -> SegmentStarts:
     """Slots before each segment. `initial`: slots and log-decay of the memory, [B, H, M, K+V+1] in float32."""
     p = problem
     heads, width = p.batch * p.kv_heads, p.key_dim + p.value_dim
-    per_chunk = heads * triton.cdiv(p.num_slots, p.tiles.scan_slots) * (width // p.tiles.scan_columns)
-    length = max(_LEAST_CHUNKS, min(triton.cdiv(p.num_chunks * per_chunk, _PROGRAMS), p.tiles.backward_slab // _SEGMENTS_OF_SLAB))
+    length = chunks_per_segment(p)
     segments = triton.cdiv(p.num_chunks, length)
     options = {"dtype": torch.float32, "device": p.k.device}
     if segments == 1:
