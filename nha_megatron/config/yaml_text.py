@@ -42,6 +42,30 @@ def _number(loader: _Loader, node: yaml.ScalarNode) -> int | float:
 
 _Loader.add_constructor(_FLOAT, _number)
 
+_MAX_CHARACTERS = 2**20
+_MAX_VALUES = 100_000
+
+
+def _require_bounded(node: yaml.Node) -> None:
+    """Raises ConfigError when aliases would multiply to more values than any configuration has, or when one contains itself."""
+    sizes: dict[int, int] = {}
+    open_nodes: set[int] = set()
+
+    def size(node: yaml.Node) -> int:
+        if id(node) in sizes:
+            return sizes[id(node)]
+        if id(node) in open_nodes:
+            raise ConfigError(f"the alias in line {node.start_mark.line + 1} contains itself; write the value out")
+        open_nodes.add(id(node))
+        children = [each for pair in node.value for each in pair] if isinstance(node, yaml.MappingNode) else node.value
+        total = 1 if isinstance(node, yaml.ScalarNode) else 1 + sum(size(child) for child in children)
+        open_nodes.remove(id(node))
+        sizes[id(node)] = total
+        return total
+
+    if size(node) > _MAX_VALUES:
+        raise ConfigError(f"its aliases (*name) stand for {size(node):.0e} values, more than {_MAX_VALUES:,}; write less")
+
 
 class _Dumper(yaml.SafeDumper):
     """Quotes the texts that the loader would read as numbers."""
@@ -64,7 +88,17 @@ _replace_numbers(_Dumper)
 def read_yaml(text: str) -> Any:
     """Plain data of a YAML text. Raises `ConfigError` with one message when it cannot be read."""
     try:
-        return yaml.load(text, Loader=_Loader)  # a subclass of the safe loader: builds plain data, runs nothing
+        if len(text) > _MAX_CHARACTERS:
+            raise ConfigError(f"{len(text):,} characters are no configuration; at most {_MAX_CHARACTERS:,} are read")
+        loader = _Loader(text)  # a subclass of the safe loader: builds plain data, runs nothing
+        try:
+            node = loader.get_single_node()
+            if node is None:
+                return None
+            _require_bounded(node)
+            return loader.construct_document(node)
+        finally:
+            loader.dispose()
     except ConfigError:
         raise
     except yaml.YAMLError as error:

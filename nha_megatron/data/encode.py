@@ -78,8 +78,13 @@ def _encode(tokenizer: Tokenizer, block: Block, around: Around) -> Encoded:
     documents.counts.empty += len(documents.texts) - len(texts)
     try:
         encodings = tokenizer.encode_batch_fast(texts, add_special_tokens=False)
-    except Exception as error:  # tokenizers raises bare Exception
-        raise ConfigError(f"{block.where} and what follows: the tokenizer cannot encode it ({error}). Check the tokenizer.") from None
+    except (KeyboardInterrupt, SystemExit, MemoryError):
+        raise
+    except BaseException as error:  # tokenizers raises bare Exception, and a Rust panic is a BaseException that cannot be pickled
+        raise ConfigError(
+            f"{block.where} and what follows: the tokenizer cannot encode it ({str(error)[:200]}). Its regular expression may backtrack "
+            "without end over this text: use another tokenizer, or leave the text out."
+        ) from None
     begin, end = around
     first = 0 if begin is None else 1
     lengths = np.array([first + len(encoding) + 1 for encoding in encodings], dtype=np.int64)

@@ -91,7 +91,7 @@ def _require_types(record: Manifest | FileRecord) -> None:
     """Raises TypeError for what only a hand, or a disk, can have written."""
     for field in dataclasses.fields(record):
         value = getattr(record, field.name)
-        if field.type is int and (type(value) is not int or not 0 <= value < 2**63):
+        if field.type is int and (type(value) is not int or not -1 <= value < 2**63):
             raise TypeError(f"{field.name} is not a count of 64 bits")
         if (field.type is str and not isinstance(value, str)) or (field.type == str | None and not isinstance(value, str | None)):
             raise TypeError(f"{field.name} is {type(value).__name__}, not text")
