@@ -61,7 +61,7 @@ class TestTokenizer:
         fields = json.loads((directory / "tokenizer.json").read_text())
         fields["model"]["vocab"]["far"] = token
         (directory / "tokenizer.json").write_text(json.dumps(fields))
-        with pytest.raises(ConfigError, match="below 2\\^31|cannot be read"):
+        with pytest.raises(ConfigError, match=r"below 2\^31|cannot be read"):
             load_tokenizer(directory)
 
 
