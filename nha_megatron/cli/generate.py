@@ -71,11 +71,11 @@ def _export_and_continue(arguments: argparse.Namespace, out: Path) -> int:
 
 def _continue(arguments: argparse.Namespace, directory: Path) -> int:
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
     torch.manual_seed(arguments.seed)
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(directory)
     # The modelling file comes from the directory itself; give only directories that you trust.
-    tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=True)
     model = AutoModelForCausalLM.from_pretrained(directory, trust_remote_code=True).eval()
     model.to("cuda" if torch.cuda.is_available() else "cpu")
     prompt = tokenizer(arguments.prompt, return_tensors="pt").to(model.device)

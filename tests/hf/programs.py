@@ -48,8 +48,8 @@ def gpt_logits(model: ModelConfig, tokens: Tensor, weights: dict[str, Tensor] | 
         return gpt.eval()(tokens, position_ids=None, attention_mask=None)
 
 
-def save_new_run(model: ModelConfig, root: Path, **sections: dict[str, Any]) -> None:
-    """A checkpoint of a run that has not trained yet, at the parallel layout of `sections`."""
+def save_new_run(model: ModelConfig, root: Path, identity: dict[str, Any] | None = None, **sections: dict[str, Any]) -> None:
+    """A checkpoint of a run that has not trained yet, at the parallel layout of `sections`; `identity` is what it knows of its data."""
     config = run_config(model, **sections)
     engine = MegatronEngine(config, CPU, create_layout(config, CPU))
-    save_checkpoint(root, engine, Progress(), config.model_dump(mode="json"), keep=1)
+    save_checkpoint(root, engine, Progress(), config.model_dump(mode="json"), keep=1, data=identity)

@@ -20,6 +20,7 @@ from nha_megatron.hf.directory import require_writable, split_into_shards, write
 from nha_megatron.hf.families.nha.export import code_files, to_hf_config
 from nha_megatron.hf.families.nha.family import FAMILY
 from nha_megatron.hf.import_ import load_hf_weights
+from nha_megatron.hf.tokenizer import exported_tokenizer
 from nha_megatron.hf.weight_table import to_hf
 from tests.hf.hf_cases import VARIANTS, hf_model, random_tokens, random_weights, tiny_model
 
@@ -72,6 +73,18 @@ def test_auto_classes_load_the_export(variant: str, tmp_path: Path) -> None:
     assert sys.modules[type(loaded).__module__].nha_attention is nha_kernels.nha_attention
     config = AutoConfig.from_pretrained(tmp_path / "out", trust_remote_code=True)
     assert config.model_type == "nha" and config.windows == [4, None, 0]
+
+
+@pytest.mark.parametrize("name", ["sdpa", "flash_attention_2", "flex_attention", "eager"])
+def test_other_implementations_of_attention_are_accepted_and_change_nothing(name: str, tmp_path: Path) -> None:
+    export(tmp_path / "out", tiny_model())
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out", trust_remote_code=True, attn_implementation=name).eval()
+    tokens = random_tokens(1, 9)
+    with torch.no_grad():
+        assert torch.equal(loaded(tokens).logits, hf_model(tiny_model())(tokens).logits)
+    if name == "eager":
+        with pytest.raises(ValueError, match="spda"):
+            AutoModelForCausalLM.from_pretrained(tmp_path / "out", trust_remote_code=True, attn_implementation="spda")
 
 
 def test_export_works_without_our_packages(tmp_path: Path) -> None:
@@ -143,7 +156,8 @@ def test_bfloat16_export_loads_as_bfloat16(tmp_path: Path) -> None:
 def test_tokenizer_is_copied_and_nothing_else_from_its_directory(tmp_path: Path) -> None:
     train_byte_level_bpe(["a few words of text"], 260, tmp_path / "tokenizer")
     (tmp_path / "tokenizer" / "pytorch_model.bin").write_bytes(b"weights of another model")
-    export(tmp_path / "out", tiny_model(vocab_size=300), tokenizer=tmp_path / "tokenizer")
+    tokenizer = exported_tokenizer(tmp_path / "tokenizer", 300, None, None, print)
+    export(tmp_path / "out", tiny_model(vocab_size=300), tokenizer=tokenizer.files)
     assert AutoTokenizer.from_pretrained(tmp_path / "out").decode(AutoTokenizer.from_pretrained(tmp_path / "out")("few").input_ids) == "few"
     assert not (tmp_path / "out" / "pytorch_model.bin").exists()
 
