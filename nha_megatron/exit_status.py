@@ -56,7 +56,10 @@ def pass_on(status: int) -> int:
     note = os.environ.get(NOTE)
     if note is None:
         return status
-    Path(note).write_text(f"{status}\n")
+    try:
+        Path(note).write_text(f"{status}\n")
+    except OSError:  # a full disk: the launcher's own reading of the status is better than a traceback
+        return status
     _rename("training", f"ended-{status}")
     return COMPLETE
 

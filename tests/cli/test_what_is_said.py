@@ -13,6 +13,7 @@ import pytest
 import torch
 import yaml
 
+from nha_megatron.checkpoint import SaveError
 from nha_megatron.cli.main import main
 from nha_megatron.config import ConfigError, load_config, with_overrides
 from nha_megatron.known_warnings import silence_known_warnings
@@ -150,3 +151,15 @@ def test_a_chip_without_a_rate_is_named(monkeypatch: pytest.MonkeyPatch) -> None
     assert "no MFU" in (line := hardware.why_no_mfu(device) or "") and "NVIDIA Z900" in line
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "NVIDIA H100 80GB HBM3")
     assert hardware.why_no_mfu(device) is None and hardware.why_no_mfu(torch.device("cpu")) is None
+
+
+def test_a_run_that_cannot_be_saved_is_no_mistake_of_the_user(
+    file: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def pretrain(_: object) -> None:
+        raise SaveError("checkpoint step_6 could not be written: No space left on device")
+
+    monkeypatch.setattr("nha_megatron.training.run.pretrain", pretrain)
+    monkeypatch.delenv("RANK", raising=False)
+    assert main(["pretrain", str(file)]) == 1
+    assert capsys.readouterr().err == "error: checkpoint step_6 could not be written: No space left on device\n"
