@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import os
 import sys
 import time
@@ -10,7 +11,11 @@ from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from nha_megatron.config import ConfigError, OneRankError
-from nha_megatron.exit_status import INTERRUPTED, USER_ERROR
+from nha_megatron.exit_status import FAILED, INTERRUPTED, USER_ERROR
+
+# What a path or the machine is to blame for wherever it happens: the system's words and the file say all there is to know.
+_OF_THE_USER = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG, errno.ELOOP)
+_OF_THE_MACHINE = (errno.ENOSPC, errno.EDQUOT, errno.EMFILE, errno.ENFILE)
 
 
 class Command(Protocol):
@@ -57,6 +62,11 @@ def run_and_report(run: Callable[[argparse.Namespace], int], arguments: argparse
     except ConfigError as error:
         report_error(error)
         return USER_ERROR
+    except OSError as error:
+        if error.errno not in (*_OF_THE_USER, *_OF_THE_MACHINE):
+            raise
+        report_error(OneRankError(f"{error.strerror}: {error.filename}" if error.filename else str(error)))
+        return USER_ERROR if error.errno in _OF_THE_USER else FAILED
     except KeyboardInterrupt:
         if os.environ.get("RANK", "0") == "0":
             print("interrupted", file=sys.stderr, flush=True)

@@ -25,7 +25,7 @@ from nha_megatron.cluster.health_report import Finding, RankReport, judge, table
 from nha_megatron.cluster.versions import installed_versions
 from nha_megatron.config import ConfigError, RunConfig
 from nha_megatron.engine.device import backend_for, choose_device
-from nha_megatron.engine.environment import read_place, require_meeting_place
+from nha_megatron.engine.environment import meeting_place, read_place
 
 PATIENCE_S = 120.0
 DISK_BYTES = 16 * 2**20
@@ -91,9 +91,8 @@ def partners(node: int, nodes: int) -> list[int]:
 
 
 def _meet() -> tuple[dist.Store, int, int]:
-    if not read_place().launched:
+    if meeting_place() is None:
         return dist.HashStore(), 0, 1
-    require_meeting_place()
     store, rank, world = next(dist.rendezvous("env://", timeout=timedelta(seconds=PATIENCE_S)))
     return dist.PrefixStore("health", store), rank, world
 

@@ -28,35 +28,42 @@ class Place:
     world_size: int
     local_world_size: int
     """Processes of this host."""
-    launched: bool
-    """Whether a launcher said where to meet the others; one process may be launched too."""
 
 
 def read_place() -> Place:
-    """Raises `OneRankError` for variables that are no numbers or do not fit each other, or when some are missing."""
-    world_size, rank = _number("WORLD_SIZE", 1, least=1), _number("RANK", 0)
+    """Raises `OneRankError` for variables that are no numbers. Whether they fit each other is for `meeting_place` to say."""
     local_rank()
-    launched = "RANK" in os.environ
-    if launched:
-        absent = [name for name in _MEETING if not os.environ.get(name)]
-        if absent:
-            raise OneRankError(f"the environment variable RANK is set, but {', '.join(absent)} not. {_REMEDY}")
-        _number("MASTER_PORT", 0, most=65535)
-        if rank >= world_size:
-            raise OneRankError(f"RANK is {rank} and WORLD_SIZE {world_size}: ranks are counted from 0 to {world_size - 1}. {_REMEDY}")
-    elif world_size > 1:
-        raise OneRankError(f"WORLD_SIZE is {world_size}, but RANK is not set: which of the {world_size} processes is this? {_REMEDY}")
-    return Place(rank, world_size, _number("LOCAL_WORLD_SIZE", 1, least=1), launched)
+    return Place(_number("RANK", 0), _number("WORLD_SIZE", 1, least=1), _number("LOCAL_WORLD_SIZE", 1, least=1))
+
+
+def meeting_place() -> Place | None:
+    """Where this process joins the others, or None when it is the only one and no launcher started it.
+
+    Raises `OneRankError` when variables are missing or do not fit each other, or when MASTER_ADDR means nothing on this host: the ranks
+    would look for it until a timeout of many minutes.
+    """
+    place = read_place()
+    if "RANK" not in os.environ:
+        if place.world_size == 1:
+            return None
+        raise OneRankError(
+            f"WORLD_SIZE is {place.world_size}, but RANK is not set: which of the {place.world_size} processes is this? {_REMEDY}"
+        )
+    absent = [name for name in _MEETING if not os.environ.get(name)]
+    if absent:
+        raise OneRankError(f"the environment variable RANK is set, but {', '.join(absent)} not. {_REMEDY}")
+    _number("MASTER_PORT", 0, most=65535)
+    if place.rank >= place.world_size:
+        raise OneRankError(
+            f"RANK is {place.rank} and WORLD_SIZE {place.world_size}: ranks are counted from 0 to {place.world_size - 1}. {_REMEDY}"
+        )
+    require_resolves(os.environ["MASTER_ADDR"], "MASTER_ADDR", "give a name that DNS or /etc/hosts knows, or an address")
+    return place
 
 
 def local_rank(default: int = 0) -> int:
     """Number of this process on its host; raises `OneRankError` when LOCAL_RANK is no number."""
     return _number("LOCAL_RANK", default)
-
-
-def require_meeting_place() -> None:
-    """Raises `OneRankError` where MASTER_ADDR means nothing on this host: the ranks would look for it until a timeout of many minutes."""
-    require_resolves(os.environ["MASTER_ADDR"], "MASTER_ADDR", "give a name that DNS or /etc/hosts knows, or an address")
 
 
 def require_resolves(host: str, what: str, remedy: str) -> None:

@@ -21,7 +21,7 @@ from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
 from nha_megatron.engine import cpu_workarounds
 from nha_megatron.engine.device import backend_for
-from nha_megatron.engine.environment import read_place, require_meeting_place
+from nha_megatron.engine.environment import meeting_place
 
 if TYPE_CHECKING:
     from nha_megatron.config import RunConfig
@@ -104,8 +104,7 @@ def create_layout(config: RunConfig, device: torch.device) -> Layout:
 
 def _init_process_group(device: torch.device, timeout: timedelta) -> None:
     backend = backend_for(device)
-    if read_place().launched:
-        require_meeting_place()
+    if meeting_place() is not None:
         dist.init_process_group(backend, timeout=timeout, device_id=device if backend == "nccl" else None)
     else:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
+import sys
 import time
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -24,8 +28,31 @@ esac
 env > "$FAKE_LOG.env"
 [ -z "${FAKE_HOSTFILE:-}" ] || cat $(printf '%s\\n' "$@" | sed -n 's/^--hostfile=//p') > "$FAKE_LOG.hosts"
 [ -z "${FAKE_NOTE:-}" ] || echo "$FAKE_NOTE" > "$NHA_EXIT_NOTE"
+if [ -n "${FAKE_RANKS:-}" ]; then
+    "$REAL_PYTHON" -SE "$FAKE_RANK" 0 & "$REAL_PYTHON" -SE "$FAKE_RANK" 1 &
+    echo $$ > "$FAKE_LOG.launcher"
+    wait
+    exit
+fi
 [ -z "${FAKE_WAIT:-}" ] || { touch "$FAKE_LOG.ready"; sleep "$FAKE_WAIT"; }
 exit "${FAKE_STATUS:-0}"
+"""
+
+# A rank, as nha_megatron/exit_status.py introduces it. The scripts ignore SIGUSR1 for it; training listens to it all the same.
+FAKE_RANK = """
+import os, pathlib, signal, sys, time
+rank, kind = sys.argv[1], os.environ["FAKE_RANKS"]
+place = pathlib.Path(os.environ["NHA_EXIT_NOTE"]).with_name("rank_" + rank)
+def save(*_):
+    open(os.environ["FAKE_LOG"] + ".asked" + rank, "a").write("asked")
+    place.with_suffix(".training").rename(place.with_suffix(".ended-75"))
+    os._exit(0)
+if kind == "saves":
+    signal.signal(signal.SIGUSR1, save)
+place.with_suffix(".new").write_text(f"{os.getpid()}\\n")
+place.with_suffix(".new").rename(place.with_suffix(".starting" if kind == "starts" else ".training"))
+open(os.environ["FAKE_LOG"] + ".ready" + rank, "w").close()
+time.sleep(60)
 """
 
 
@@ -37,10 +64,16 @@ class Shell:
         self.python = folder / "python"
         self.python.write_text(FAKE_PYTHON)
         self.python.chmod(0o755)
+        self.rank = folder / "rank.py"
+        self.rank.write_text(FAKE_RANK)
 
     def environment(self, **extra: str) -> dict[str, str]:
         kept = {name: value for name, value in os.environ.items() if name in ("PATH", "HOME", "TMPDIR")}
-        return {**kept, "PYTHON": str(self.python), "FAKE_LOG": str(self.log), "NPROC_PER_NODE": "2", "FAKE_NOTE": "0", **extra}
+        return {**kept, "PYTHON": str(self.python), "FAKE_LOG": str(self.log), "NPROC_PER_NODE": "2", "FAKE_NOTE": "0", **self.ranks, **extra}
+
+    @property
+    def ranks(self) -> dict[str, str]:
+        return {"REAL_PYTHON": sys.executable, "FAKE_RANK": str(self.rank)}
 
     def run(self, script: str, *arguments: str, **extra: str) -> subprocess.CompletedProcess[str]:
         command = [str(ROOT / "launch" / script), *arguments]
@@ -65,7 +98,7 @@ SCRIPTS = ("torchrun.sh", "deepspeed.sh")
 def test_one_node(shell: Shell) -> None:
     assert shell.run("torchrun.sh", "run.yaml", "training.steps=3").returncode == 0
     call = " ".join(shell.last_call())
-    assert call.startswith("-m torch.distributed.run --nnodes=1 --nproc-per-node=2 --max-restarts=3 --standalone")
+    assert call.startswith("-m torch.distributed.run --nnodes=1 --nproc-per-node=2 --max-restarts=3 --standalone --local-addr=127.0.0.1 ")
     assert call.endswith("-m nha_megatron pretrain run.yaml training.steps=3")
     assert shell.seen("PYTHONPATH").split(":")[:2] == [str(ROOT), str(ROOT / "kernels")]
     assert shell.seen("PYTHONSAFEPATH") == "1"  # else the working directory's code comes before this one
@@ -77,6 +110,23 @@ def test_several_nodes_meet_at_the_endpoint(shell: Shell) -> None:
     call = " ".join(shell.last_call())
     assert "--nnodes=4 --nproc-per-node=2 --max-restarts=1 --rdzv-backend=c10d --rdzv-endpoint=n1:29400 --rdzv-id=77" in call
     assert "check --inputs --world-size 8 run.yaml" in shell.log.read_text()
+
+
+def test_names_that_several_nodes_meet_by_are_tested_first(shell: Shell) -> None:
+    meeting = {"NNODES": "2", "RDZV_ENDPOINT": "n1:29400"}
+    assert shell.run("torchrun.sh", "run.yaml", **meeting).returncode == 0
+    assert "nha_megatron.cluster.host_names RDZV_ENDPOINT=n1:29400 --own-name\n" in shell.log.read_text()
+    assert shell.run("torchrun.sh", "run.yaml", **meeting, LOCAL_ADDR="10.0.0.7").returncode == 0
+    assert "nha_megatron.cluster.host_names RDZV_ENDPOINT=n1:29400 LOCAL_ADDR=10.0.0.7\n" in shell.log.read_text()
+    assert "--local-addr=10.0.0.7" in shell.last_call()
+    done = shell.run("torchrun.sh", "run.yaml", **meeting, PYTHON=sys.executable)
+    assert done.returncode == 2 and done.stderr.startswith("error: RDZV_ENDPOINT 'n1' does not resolve on ")
+
+
+def test_the_name_of_the_first_node_under_deepspeed_is_tested(shell: Shell) -> None:
+    extra = {"NODE_NAMES": "n1 n2", "NODE_RANK": "0", "MASTER_ADDR": "n1"}
+    assert shell.run("deepspeed.sh", "run.yaml", **extra).returncode == 0
+    assert "nha_megatron.cluster.host_names MASTER_ADDR=n1\n" in shell.log.read_text()
 
 
 def test_several_nodes_without_an_endpoint_are_refused(shell: Shell) -> None:
@@ -111,16 +161,61 @@ def test_exit_status(shell: Shell, script: str, launcher: str, note: str, status
     assert shell.run(script, "run.yaml", FAKE_STATUS=launcher, FAKE_NOTE=note).returncode == status
 
 
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+
+
+@contextlib.contextmanager
+def running(shell: Shell, script: str, **extra: str) -> Iterator[subprocess.Popen[str]]:
+    """The script once its ranks have introduced themselves; what it says goes to its log."""
+    # SIGINT as a program has it in the foreground; a shell starts its background jobs with it ignored.
+    foreground = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    command, environment = [str(ROOT / "launch" / script), "run.yaml"], shell.environment(**extra)
+    with Path(f"{shell.log}.said").open("w") as said:
+        job = subprocess.Popen(command, env=environment, start_new_session=True, preexec_fn=foreground, stderr=said, text=True)
+    try:
+        deadline = time.monotonic() + 30
+        while not all(Path(f"{shell.log}.ready{rank}").exists() for rank in (0, 1)):
+            assert time.monotonic() < deadline and job.poll() is None
+            time.sleep(0.02)
+        yield job
+    finally:
+        if job.poll() is None:
+            job.send_signal(signal.SIGQUIT)  # ends the ranks too
+            job.wait(10)
+
+
+def stop(shell: Shell, script: str, number: signal.Signals, group: bool = False, **extra: str) -> tuple[int, str]:
+    """Signals the script; its status, and what it said."""
+    with running(shell, script, **extra) as job:
+        (os.killpg if group else os.kill)(job.pid, number)
+        return job.wait(30), Path(f"{shell.log}.said").read_text()
+
+
+@pytest.mark.parametrize("group", [False, True], ids=["alone", "group"])
+@pytest.mark.parametrize("number", SIGNALS, ids=lambda number: number.name)
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_the_warning_does_not_kill_script_or_launcher(shell: Shell, script: str) -> None:
-    environment = shell.environment(FAKE_WAIT="2", FAKE_NOTE="75")
-    with subprocess.Popen([str(ROOT / "launch" / script), "run.yaml"], env=environment, start_new_session=True) as job:
-        ready = Path(f"{shell.log}.ready")
-        deadline = time.monotonic() + 60
-        while not ready.exists() and time.monotonic() < deadline:
-            time.sleep(0.05)
-        os.killpg(job.pid, signal.SIGUSR1)  # what SLURM does: every process of the step
-        assert job.wait(60) == 75
+def test_a_request_to_stop_reaches_the_ranks_and_not_the_launcher(shell: Shell, script: str, number: signal.Signals, group: bool) -> None:
+    status, said = stop(shell, script, number, group, FAKE_RANKS="saves")
+    assert status == 75 and f"SIG{number.name[3:]}: asking the processes to save" in said
+    assert all(Path(f"{shell.log}.asked{rank}").exists() for rank in (0, 1)) and "Traceback" not in said
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_before_training_there_is_nothing_to_wait_for(shell: Shell, script: str) -> None:
+    started = time.monotonic()
+    status, said = stop(shell, script, signal.SIGINT, FAKE_RANKS="starts")
+    assert status == 75 and "before training began" in said and time.monotonic() - started < 20
+
+
+def test_ranks_that_do_not_save_in_time_are_ended(shell: Shell) -> None:
+    status, said = stop(shell, "torchrun.sh", signal.SIGTERM, FAKE_RANKS="hangs", STOP_TIMEOUT="1")
+    assert status == 1 and "not saved within STOP_TIMEOUT, 1 s" in said
+
+
+def test_ranks_outlive_their_launcher_and_save(shell: Shell) -> None:
+    with running(shell, "torchrun.sh", FAKE_RANKS="saves") as job:
+        os.kill(int(Path(f"{shell.log}.launcher").read_text()), signal.SIGKILL)
+        assert job.wait(30) == 75
 
 
 def test_deepspeed_on_one_node(shell: Shell) -> None:

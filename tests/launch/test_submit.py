@@ -90,12 +90,34 @@ def test_a_chain_is_jobs_that_wait_for_each_other(folder: Path, sbatch: Path) ->
 
 
 TWO = ("--nodes", "2", "--time", "60")
+
+
+def test_paths_that_slurm_would_take_for_something_else_are_escaped(folder: Path, sbatch: Path) -> None:
+    """tests/launch/test_slurm.py submits one to SLURM itself."""
+    run = folder / "it's 100% #1"
+    done = submit(folder, *TWO, f"logging.directory='{str(run).replace(chr(39), chr(39) * 2)}'", "--name", "odd")
+    assert done.returncode == 0, done.stderr
+    (snapshot,) = (run / "submissions").iterdir()
+    script = (snapshot / "job.sh").read_text()
+    assert f'#SBATCH "--output={folder}/it\'s 100%% #1/submissions/{snapshot.name}/job-%j.log"\n' in script
+    assert f"tail -F {shlex.quote(str(snapshot / 'job-101.log'))};" in done.stdout
+
+
+@pytest.mark.parametrize("name", ["a\\b", 'a"b', "a\nb"])
+def test_paths_that_slurm_cannot_take_are_refused(folder: Path, sbatch: Path, name: str) -> None:
+    text = yaml.safe_dump(str(folder / name), default_style='"', width=10**6).strip()
+    done = submit(folder, *TWO, f"logging.directory={text}")
+    assert done.returncode == 2 and "SLURM would not take it as it is" in done.stderr, done.stderr
+    assert not sbatch.exists()
+
 REFUSED: dict[str, tuple[tuple[str, ...], dict[str, Any], str]] = {
     "unknown key": ((*TWO, "model.num_slotz=4"), {}, "did you mean 'num_slots'"),
     "engine": ((*TWO, "training.engine=deepspeed", "parallel.context=1", "parallel.pipeline=2"), {}, "deepspeed"),
     "layout": (("--nodes", "3", "--time", "60"), {}, "world size 3"),
     "batch": ((*TWO, "parallel.context=1", "training.global_batch_size=3"), {}, "global_batch_size 3"),
     "no data": ((*TWO, "data.path=nowhere"), {}, "data.path 'nowhere': no file"),
+    "name": ((*TWO, "--name", "a %j"), {}, "--name 'a %j': leave out blanks"),
+    "colon in a mount": ((*TWO, "logging.directory=a:b"), {"container": {"runtime": "pyxis", "image": "i"}}, "a colon, which separates"),
     "no nodes": (("--nodes", "0", "--time", "60"), {}, "--nodes 0: must be at least 1"),
     "time": (("--nodes", "2", "--time", "soon"), {}, "--time 'soon': write minutes"),
     "less time than the warning": (("--nodes", "2", "--time", "5"), {}, "less than half of its time"),
