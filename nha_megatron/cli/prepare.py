@@ -106,7 +106,7 @@ def run(arguments: argparse.Namespace) -> int:
             if arguments.share is not None:
                 raise ConfigError("--share divides files: give --input, such as the parquet files of the dataset.")
             result = prepare(
-                read_dataset(arguments.dataset, arguments.subset, arguments.split, arguments.text_field),
+                read_dataset(arguments.dataset, arguments.subset, arguments.split, arguments.text_field, arguments.allow_missing),
                 arguments.output,
                 tokenizer,
                 source=f"dataset {arguments.dataset} {arguments.subset or ''} split {arguments.split}",

@@ -44,10 +44,20 @@ _Loader.add_constructor(_FLOAT, _number)
 
 _MAX_CHARACTERS = 2**20
 _MAX_VALUES = 100_000
+_MAX_DEPTH = 500
+
+
+def _bracket_depth(text: str) -> int:
+    """How deep brackets are nested; PyYAML takes a second for each ten thousand."""
+    depth = deepest = 0
+    for bracket in re.finditer(r"[\[\]{}]", text):
+        depth += 1 if bracket[0] in "[{" else -1
+        deepest = max(deepest, depth)
+    return deepest
 
 
 def _require_bounded(node: yaml.Node) -> None:
-    """Raises ConfigError when aliases would multiply to more values than any configuration has, or when one contains itself."""
+    """Raises ConfigError when aliases would multiply to more values than any configuration has."""
     sizes: dict[int, int] = {}
     open_nodes: set[int] = set()
 
@@ -55,7 +65,7 @@ def _require_bounded(node: yaml.Node) -> None:
         if id(node) in sizes:
             return sizes[id(node)]
         if id(node) in open_nodes:
-            raise ConfigError(f"the alias in line {node.start_mark.line + 1} contains itself; write the value out")
+            return 1  # an alias within itself: finite as an object, and refused by the field that gets it
         open_nodes.add(id(node))
         children = [each for pair in node.value for each in pair] if isinstance(node, yaml.MappingNode) else node.value
         total = 1 if isinstance(node, yaml.ScalarNode) else 1 + sum(size(child) for child in children)
@@ -90,6 +100,8 @@ def read_yaml(text: str) -> Any:
     try:
         if len(text) > _MAX_CHARACTERS:
             raise ConfigError(f"{len(text):,} characters are no configuration; at most {_MAX_CHARACTERS:,} are read")
+        if _bracket_depth(text) > _MAX_DEPTH:
+            raise ConfigError(f"not valid YAML: brackets are nested more than {_MAX_DEPTH} deep")
         loader = _Loader(text)  # a subclass of the safe loader: builds plain data, runs nothing
         try:
             node = loader.get_single_node()

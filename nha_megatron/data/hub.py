@@ -1,14 +1,15 @@
 """Documents of a dataset of the Hugging Face hub, or of a dataset folder, streamed through `datasets`."""
 
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from nha_megatron.config import ConfigError
-from nha_megatron.data.sources import Span, kind_of, read_blocks
+from nha_megatron.data.sources import kind_of, read_files
 
 
-def read_dataset(name: str, subset: str | None, split: str, text_field: str = "text") -> Iterator[str]:
+def read_dataset(name: str, subset: str | None, split: str, text_field: str = "text", allow_missing: float = 0.01) -> Iterator[str]:
     """The text of every row. Raises ConfigError."""
     from datasets import load_dataset, load_dataset_builder
     from datasets.exceptions import DatasetsError
@@ -21,11 +22,14 @@ def read_dataset(name: str, subset: str | None, split: str, text_field: str = "t
         files = _json_files(builder, split)
         if files:
             # `datasets` infers a schema for JSON, by which a text that looks like a date becomes another text.
-            for block in read_blocks([Span(file) for file in files], text_field):
-                documents = block.documents()
-                documents.counts.require(text_field, 0.01)
-                yield from documents.texts
+            yield from read_files(files, text_field, allow_missing=allow_missing)
             return
+        if builder.name == "json":
+            warnings.warn(
+                f"{name} is JSON on the hub, for which `datasets` infers a schema: a text that looks like a date may become another text. "
+                "To keep every byte, download the files and give them with --input.",
+                stacklevel=2,
+            )
         for row in load_dataset(*arguments, split=split, streaming=True):
             if text_field not in row:
                 raise ConfigError(f"{name}: there is no field {text_field!r}. Choose --text-field from: {', '.join(row)}.")

@@ -48,6 +48,9 @@ def adopt(prefix: str | Path, tokenizer: LoadedTokenizer, *, overwrite: bool = F
             f"{bin_path}: {without:,} of {documents:,} documents do not end with token {tokenizer.end_of_text}, the end-of-text token. "
             "Name the one that ends them (--end-of-text), or make the files again with Megatron's --append-eod."
         )
+    begins = values[np.append(0, ends[:-1] + 1)]
+    if tokenizer.bos is not None and (begins != tokenizer.bos).any():
+        raise ConfigError(f"{bin_path}: not every document begins with token {tokenizer.bos}, the bos token. Leave out --bos add.")
     manifest = Manifest(
         format_version=FORMAT_VERSION,
         documents=documents,
@@ -55,6 +58,7 @@ def adopt(prefix: str | Path, tokenizer: LoadedTokenizer, *, overwrite: bool = F
         dtype=dtype.name,
         max_token_id=high,
         end_of_text=tokenizer.end_of_text,
+        bos=tokenizer.bos,
         tokenizer=tokenizer.path,
         tokenizer_sha256=tokenizer.sha256,
         source=f"Megatron's files {prefix}",

@@ -176,6 +176,7 @@ class TokenFileWriter:
             return
         assert lengths.min() > 0 and ends[-1] == tokens.size, "a document has at least its end-of-text token"
         assert (tokens[ends - 1] == self._about["end_of_text"]).all(), "a document ends with the end-of-text token"
+        assert self._about["bos"] is None or (tokens[ends - lengths] == self._about["bos"]).all(), "a document begins with the bos token"
         low, high = int(tokens.min()), int(tokens.max())
         assert low >= 0 and high < self._vocab_size, f"token id {low if low < 0 else high} outside [0, {self._vocab_size})"
         first = len(self._builder.sequence_lengths)

@@ -189,7 +189,7 @@ def test_a_failed_export_leaves_nothing(tmp_path: Path, monkeypatch: pytest.Monk
     export(tmp_path / "kept", tiny_model())
     monkeypatch.setattr("nha_megatron.hf.directory.save_file", full_disk)
     for name in ("new", "kept"):
-        with pytest.raises(OSError, match="no space left"):
+        with pytest.raises(ConfigError, match=r"could not be written \(no space left"):
             export(tmp_path / name, tiny_model(), overwrite=True)
     assert [path.name for path in tmp_path.iterdir()] == ["kept"]
     assert (tmp_path / "kept" / "model.safetensors").is_file()

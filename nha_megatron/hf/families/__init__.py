@@ -34,7 +34,7 @@ def read_directory(directory: Path) -> tuple[Family, Any]:
         raise ConfigError(f"{directory} is not a Hugging Face model directory: there is no config.json") from None
     except (OSError, ValueError, AttributeError) as error:
         raise ConfigError(f"{path} cannot be read: {error}") from None
-    if model_type not in FAMILIES:
+    if not isinstance(model_type, str) or model_type not in FAMILIES:
         raise ConfigError(
             f"{directory} holds a model of type {model_type!r}: weights are taken from type {' or '.join(map(repr, FAMILIES))} only, "
             "as `nha-megatron export` writes it"
