@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -228,7 +229,7 @@ def faulty_replica(stage: int) -> list[bool]:
         handle = norm.register_hook(lambda gradient: gradient * math.nan)
         # Hooks run in the order in which they came: the engine's must see what this one makes.
         engine._replicated._faulty += 0  # type: ignore[attr-defined]
-        norm.register_hook(engine._replicated._look)  # type: ignore[attr-defined]
+        norm.register_hook(partial(engine._replicated._look, "decoder.final_layernorm.weight"))  # type: ignore[attr-defined]
     first = engine.train_step(batches, 1e-3).skipped
     if engine.layout.tp_rank == 1:
         handle.remove()
