@@ -19,9 +19,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     tokenizer = parser.add_mutually_exclusive_group()
     tokenizer.add_argument("--tokenizer", metavar="DIR", help="tokenizer to include (default: the one that the run names)")
     tokenizer.add_argument("--no-tokenizer", action="store_true", help="include no tokenizer")
-    parser.add_argument(
-        "--end-of-text", metavar="TOKEN", help="token that ends documents, needed where neither checkpoint nor tokenizer says"
-    )
+    parser.add_argument("--end-of-text", metavar="TOKEN", help="token that ends documents, where neither checkpoint nor tokenizer says")
     parser.add_argument("--dtype", choices=("bf16", "fp32"), help="of the written weights (default: the run's precision)")
     parser.add_argument("--overwrite", action="store_true", help="replace OUT if it is a model directory")
 
