@@ -95,6 +95,8 @@ def _require_types(record: Manifest | FileRecord) -> None:
             raise TypeError(f"{field.name} is not a count of 64 bits")
         if (field.type is str and not isinstance(value, str)) or (field.type == str | None and not isinstance(value, str | None)):
             raise TypeError(f"{field.name} is {type(value).__name__}, not text")
+        if field.name == "bos" and type(value) not in (int, type(None)):
+            raise TypeError(f"bos is {type(value).__name__}, not a token id")
         if field.name == "dtype" and value not in DType.__members__:
             raise TypeError(f"dtype is {value[:20]!r}, not one of {', '.join(DType.__members__)}")
 

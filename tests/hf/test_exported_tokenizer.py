@@ -139,6 +139,7 @@ def test_what_contradicts_the_training_is_refused(
 ) -> None:
     trained_on(run, prepare(run))
     if spoil == "another":  # of the same size
+        shutil.rmtree(run / "tokenizer")
         train_byte_level_bpe(["other words"], 262, run / "tokenizer")
     if spoil == "list":
         (run / "tokenizer" / "tokenizer_config.json").write_text("[]")
@@ -168,8 +169,8 @@ def test_an_identity_of_an_earlier_version_leads_to_its_token_files(run: Path) -
 def test_data_bos_must_be_what_was_prepared(run: Path) -> None:
     from nha_megatron.data import open_samples
 
-    added, none = prepare(run, "--bos", "add"), shutil.copytree(run, run / "copy")
-    plain = prepare(none)
+    shutil.copytree(run, run.with_name("other"))
+    added, plain = prepare(run, "--bos", "add"), prepare(run.with_name("other"))
     assert [manifest_bos(prefix) for prefix in (added, plain)] == [BOS, None]
     for prefix, bos in ((added, "add"), (plain, "none"), (added, None)):
         open_samples(run_config(prefix, sequence_length=4, bos=bos).data, "train")
@@ -178,6 +179,16 @@ def test_data_bos_must_be_what_was_prepared(run: Path) -> None:
     with pytest.raises(ConfigError, match=r"begin with no token of their own, those of .* with bos token 260"):
         blend = [{"path": added, "weight": 1}, {"path": plain, "weight": 1}]
         open_samples(run_config(blend, sequence_length=4).data, "train")
+
+
+def test_bos_of_files_that_megatron_made(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for added in (False, True):
+        prefix = prepare(run, *(("--bos", "add", "--overwrite") if added else ()))
+        Path(f"{prefix}.json").unlink()
+        given = ["prepare", "--megatron", prefix, "--tokenizer", str(run / "tokenizer"), "--bos", "add"]
+        assert main(given) == (0 if added else 2)
+        assert added or "not every document begins with token 260" in capsys.readouterr().err
+    assert TokenFile(prefix).manifest.bos == BOS
 
 
 def manifest_bos(prefix: str) -> int | None:
