@@ -134,8 +134,13 @@ def _container(site: SiteConfig, job: Submission) -> list[str]:
 
 
 def require_plain_paths(site: SiteConfig, job: Submission) -> None:
-    """Raises `ConfigError` for a folder that SLURM, or the container's options, would read as something else: jobs that end without a log."""
-    refused = {"\\": "a backslash, which ends the replacement of %j in its paths", '"': "a quotation mark", "\n": "a line break", "\r": "a line break"}
+    """Raises `ConfigError` for a folder that SLURM, or an option of the container, would take for something else: a job without a log."""
+    refused = {
+        "\\": "a backslash, which ends the replacement of %j in its paths",
+        '"': "a quotation mark",
+        "\n": "a line break",
+        "\r": "a line break",
+    }
     if site.container.runtime == "pyxis":
         refused[","] = "a comma, which separates mounts"
     if site.container.runtime != "none":

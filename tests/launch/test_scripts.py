@@ -69,11 +69,15 @@ class Shell:
 
     def environment(self, **extra: str) -> dict[str, str]:
         kept = {name: value for name, value in os.environ.items() if name in ("PATH", "HOME", "TMPDIR")}
-        return {**kept, "PYTHON": str(self.python), "FAKE_LOG": str(self.log), "NPROC_PER_NODE": "2", "FAKE_NOTE": "0", **self.ranks, **extra}
-
-    @property
-    def ranks(self) -> dict[str, str]:
-        return {"REAL_PYTHON": sys.executable, "FAKE_RANK": str(self.rank)}
+        return {
+            **kept,
+            "PYTHON": str(self.python),
+            "FAKE_LOG": str(self.log),
+            "NPROC_PER_NODE": "2",
+            "FAKE_NOTE": "0",
+            **self.ranks,
+            **extra,
+        }
 
     def run(self, script: str, *arguments: str, **extra: str) -> subprocess.CompletedProcess[str]:
         command = [str(ROOT / "launch" / script), *arguments]

@@ -110,6 +110,7 @@ def test_paths_that_slurm_cannot_take_are_refused(folder: Path, sbatch: Path, na
     assert done.returncode == 2 and "SLURM would not take it as it is" in done.stderr, done.stderr
     assert not sbatch.exists()
 
+
 REFUSED: dict[str, tuple[tuple[str, ...], dict[str, Any], str]] = {
     "unknown key": ((*TWO, "model.num_slotz=4"), {}, "did you mean 'num_slots'"),
     "engine": ((*TWO, "training.engine=deepspeed", "parallel.context=1", "parallel.pipeline=2"), {}, "deepspeed"),
