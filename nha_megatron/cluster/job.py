@@ -134,7 +134,7 @@ def _container(site: SiteConfig, job: Submission) -> list[str]:
 
 
 def require_plain_paths(site: SiteConfig, job: Submission) -> None:
-    """Raises `ConfigError` for a folder that SLURM, or the container's options, would read as something else: a job without a log."""
+    """Raises `ConfigError` for a folder that SLURM, or an option of the container, would take for something else: a job without a log."""
     refused = {
         "\\": "a backslash, which ends the replacement of %j in its paths",
         '"': "a quotation mark",
