@@ -79,6 +79,10 @@ class Shell:
             **extra,
         }
 
+    @property
+    def ranks(self) -> dict[str, str]:
+        return {"REAL_PYTHON": sys.executable, "FAKE_RANK": str(self.rank)}
+
     def run(self, script: str, *arguments: str, **extra: str) -> subprocess.CompletedProcess[str]:
         command = [str(ROOT / "launch" / script), *arguments]
         return subprocess.run(command, env=self.environment(**extra), capture_output=True, text=True)
