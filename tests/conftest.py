@@ -1,10 +1,14 @@
 """Fixtures shared by all tests: one thread per process, poisoned uninitialised memory, and the pool of gloo ranks."""
 
 import os
+import tempfile
 
 # Before torch is imported: the ranks inherit it, and two cores are shared by up to eight of them.
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+# Before transformers is imported: one folder of its own for the code of exported models, for all tests, as it stays in sys.path.
+_MODULES = tempfile.TemporaryDirectory(prefix="hf_modules_")
+os.environ["HF_MODULES_CACHE"] = _MODULES.name
 
 from collections.abc import Iterator
 

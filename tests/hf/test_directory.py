@@ -46,12 +46,9 @@ torch.save({"logits": logits, "generated": generated}, outputs)
 
 
 @pytest.fixture(autouse=True, scope="module")
-def _offline(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    torch.set_num_threads(1)
+def _offline() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("HF_HUB_OFFLINE", "1")
-        # transformers reads HF_MODULES_CACHE once, at its import; one folder for all tests, as it stays in sys.path.
-        patch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path_factory.mktemp("hf_modules")))
         yield
 
 
