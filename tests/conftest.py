@@ -1,14 +1,14 @@
 """Fixtures shared by all tests: one thread per process, poisoned uninitialised memory, and the pool of gloo ranks."""
 
 import os
+import shutil
 import tempfile
 
 # Before torch is imported: the ranks inherit it, and two cores are shared by up to eight of them.
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 # Before transformers is imported: one folder of its own for the code of exported models, for all tests, as it stays in sys.path.
-_MODULES = tempfile.TemporaryDirectory(prefix="hf_modules_")
-os.environ["HF_MODULES_CACHE"] = _MODULES.name
+os.environ["HF_MODULES_CACHE"] = tempfile.mkdtemp(prefix="hf_modules_")
 
 from collections.abc import Iterator
 
@@ -21,6 +21,10 @@ from tests.distributed import RankPool, poison_uninitialised_memory
 def pytest_configure(config: pytest.Config) -> None:
     torch.set_num_threads(1)
     poison_uninitialised_memory()
+
+
+def pytest_unconfigure() -> None:
+    shutil.rmtree(os.environ["HF_MODULES_CACHE"], ignore_errors=True)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
