@@ -5,6 +5,8 @@ from __future__ import annotations
 import errno
 import os
 import resource
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -71,17 +73,21 @@ def test_the_limit_of_open_files_is_raised_to_what_is_allowed(run_file: str, mon
     assert set_to == [(4096, 4096)]
 
 
+def refuse_below(folder: Path, read: Callable[[object], object], path: object = ".") -> object:
+    if str(path).startswith(str(folder)):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+    return read(path)
+
+
 @pytest.mark.parametrize("command", [["verify"], ["export"]])
 def test_a_folder_that_cannot_be_read(
     command: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "run" / "checkpoints").mkdir(parents=True)
 
-    def refuse(path: str) -> object:
-        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
-
-    for name in ("listdir", "scandir"):  # root may read everything: a mode of 000 would prove nothing
-        monkeypatch.setattr(os, name, refuse)
+    # Root may read everything: a mode of 000 would prove nothing.
+    for name in ("listdir", "scandir"):
+        monkeypatch.setattr(os, name, partial(refuse_below, tmp_path / "run", getattr(os, name)))
     assert main([*command, str(tmp_path / "run"), *([str(tmp_path / "out")] if command == ["export"] else [])]) == 2
     said = capsys.readouterr().err
     assert f"checkpoint {tmp_path / 'run'} cannot be read: Permission denied: " in said and said.count("error:") == 1

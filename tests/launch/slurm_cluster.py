@@ -52,7 +52,7 @@ class SlurmCluster:
         done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         match = re.search(r"submitted: \D*(\d+)", done.stdout)
-        log = re.search(r"tail -F (\S+\.log)", done.stdout)
+        log = re.search(r"tail -F (\S.*?\.log)", done.stdout)
         assert match and log, done.stdout
         return Job(match[1], Path(log[1]), done.stdout)
 

@@ -80,6 +80,18 @@ def test_health_check_then_training_by_the_frozen_code(cluster: SlurmCluster, tm
 
 
 @pytest.mark.slow
+def test_a_path_of_characters_that_slurm_means_something_by(cluster: SlurmCluster, tmp_path: Path) -> None:
+    folder = tmp_path / "it's_100%_%j_#1"
+    folder.mkdir()
+    metrics = write_run(folder, training={"steps": 2}, parallel={})
+    job = cluster.submit(folder, "--nodes", "1", *TIME, "--no-health")
+    (submission,) = (folder / "run" / "submissions").iterdir()
+    job.log = submission / f"job-{job.id}.log"  # what was said is quoted for a shell
+    assert cluster.wait_for_end(job) == "COMPLETED"
+    assert "complete" in log_of(job) and len(metrics.read_text().splitlines()) == 2
+
+
+@pytest.mark.slow
 def test_the_batch_script_without_the_submit_helper(cluster: SlurmCluster, tmp_path: Path) -> None:
     metrics = write_run(tmp_path, training={"steps": 2})
     job = cluster.batch(tmp_path, "--nodes=2", "--time=20", "launch/slurm/train.sbatch", str(tmp_path / "run.yaml"))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import random
 import re
-import signal
 import socket
 import subprocess
 import time
@@ -121,16 +120,32 @@ def test_a_frozen_rank_is_named_and_the_run_goes_on(folder: Path, rank: int) -> 
     assert [record["step"] for record in small_run.metrics(folder)] == list(range(1, 13))
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "SIGINT"])
-def test_a_signal_to_torchrun_saves_before_the_end(folder: Path, number: signal.Signals) -> None:
+@pytest.mark.parametrize("script", ["torchrun.sh", pytest.param("deepspeed.sh", marks=needs_deepspeed)])
+@pytest.mark.parametrize("to", ["script", "launcher"])
+def test_a_signal_saves_before_the_end(folder: Path, script: str, to: str) -> None:
+    """Every signal, and the process group: tests/launch/test_scripts.py."""
     metrics = write_run(folder, **ENDLESS, checkpoint={"every": 100000})
-    with running(folder, "torchrun.sh", "run.yaml") as job:
+    with running(folder, script, "run.yaml", DS_ACCELERATOR="cpu") as job:
         wait_for(lambda: steps(metrics) >= 2, folder)
-        (launcher,) = [child for child in psutil.Process(job.pid).children() if "torch.distributed.run" in child.cmdline()]
-        launcher.send_signal(number)
-        job.wait(PATIENCE_S)
-    assert "after step" in (folder / "log").read_text(), (folder / "log").read_text()
+        words = {"torch.distributed.run", "deepspeed.launcher.runner"}
+        (launcher,) = [child for child in psutil.Process(job.pid).children() if words & set(child.cmdline())]
+        (psutil.Process(job.pid) if to == "script" else launcher).terminate()
+        assert job.wait(PATIENCE_S) == 75, (folder / "log").read_text()
+    said = (folder / "log").read_text()
+    assert "after step" in said and "Traceback" not in said, said
     assert (folder / "run" / "checkpoints" / "latest").read_text() == f"step_{steps(metrics)}\n"
+
+
+def test_one_node_needs_no_name(folder: Path) -> None:
+    if subprocess.run(["unshare", "--uts", "true"], capture_output=True).returncode:
+        pytest.skip("this machine allows no namespaces (unshare)")
+    write_run(folder, training={"steps": 2})
+    command = ["unshare", "--uts", "bash", "-c", f"hostname no-such-name && exec {ROOT}/launch/torchrun.sh run.yaml"]
+    done = subprocess.run(
+        command, cwd=folder, env=submit_environment(NPROC_PER_NODE="2"), capture_output=True, text=True, timeout=PATIENCE_S
+    )
+    assert done.returncode == 0, done.stderr
+    assert len(small_run.losses(folder)) == 2
 
 
 def test_two_nodes_of_torchrun_on_one_machine(folder: Path) -> None:
