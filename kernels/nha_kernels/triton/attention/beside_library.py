@@ -51,7 +51,7 @@ class AttentionBesideLibrary(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor | None]:
         q, k, v, g, rotated_q, rotated_k = (x.contiguous() for x in (q, k, v, g, rotated_q, rotated_k))
         mask = (bounds, plan.options.window, plan.options.logit_scale(rotated_q.shape[-1]))
-        out, lse, more = load_library(plan.library).forward(rotated_q, rotated_k, v, *mask)
+        out, lse, random_state = load_library(plan.library).forward(rotated_q, rotated_k, v, *mask)
         starts, final = None, None
         if plan.slot_window is None:
             if plan.options.empty_slots == "attend":  # M empty slots, logits and values 0
@@ -64,7 +64,7 @@ class AttentionBesideLibrary(torch.autograd.Function):
             merge_into(out, lse, (slot_out, slot_lse))
         kept = (None, None) if starts is None else (starts.slots, starts.log_decay)
         edges = (None, None) if bounds is None else bounds
-        ctx.save_for_backward(q, k, v, g, rotated_q, rotated_k, start, *edges, out, lse, *kept, *more)
+        ctx.save_for_backward(q, k, v, g, rotated_q, rotated_k, start, *edges, out, lse, *kept, *random_state)
         ctx.plan = plan
         ctx.chunks_per_segment = 0 if starts is None else starts.chunks_per_segment
         ctx.has_initial = initial is not None
@@ -74,11 +74,11 @@ class AttentionBesideLibrary(torch.autograd.Function):
     @staticmethod
     @first_order_only("Use backend='torch', which has them all")
     def backward(ctx: Any, d_out: Tensor | None, d_final: Tensor | None) -> tuple[Tensor | None, ...]:
-        q, k, v, g, rotated_q, rotated_k, start, queries, rows, out, lse, slots, log_decay, *more = ctx.saved_tensors
+        q, k, v, g, rotated_q, rotated_k, start, queries, rows, out, lse, slots, log_decay, *random_state = ctx.saved_tensors
         bounds = None if queries is None else Bounds(queries, rows)
         plan: Plan = ctx.plan
         d_out = torch.zeros_like(out) if d_out is None else d_out.contiguous()
-        result = WindowOutput(out, lse, tuple(more))
+        result = WindowOutput(out, lse, tuple(random_state))
         mask = (bounds, plan.options.window, plan.options.logit_scale(rotated_q.shape[-1]))
         d_rotated = load_library(plan.library).backward(d_out, rotated_q, rotated_k, v, result, *mask)
         if plan.slot_window is None:

@@ -19,7 +19,7 @@ class WindowOutput(NamedTuple):
 
     out: Tensor  # [B, T, HQ, V]
     lse: Tensor  # [B, T, HQ], natural logarithm, contiguous
-    more: tuple[Tensor, ...] = ()  # what its backward wants besides
+    random_state: tuple[Tensor, ...] = ()  # of a dropout of 0, which the backward of cuDNN wants
 
 
 def sequence_bounds(batch: int, num_queries: int, held: int, begin: Tensor, cu_seqlens: Tensor | None) -> Bounds:

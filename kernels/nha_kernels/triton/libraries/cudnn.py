@@ -31,12 +31,12 @@ def backward(
     window: int | None,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """As torch_flash.backward. `result.more` is the random state of a dropout of 0."""
+    """As torch_flash.backward. `result.random_state` is the random state of a dropout of 0."""
     assert bounds is None and window is None
     heads_first = (x.transpose(1, 2) for x in (d_out, q, k, v, result.out))
     lse = result.lse.transpose(1, 2).contiguous()[..., None]
     gradients = torch.ops.aten._scaled_dot_product_cudnn_attention_backward(
-        *heads_first, lse, *result.more, None, None, None, q.shape[1], k.shape[1], 0.0, True, scale=scale
+        *heads_first, lse, *result.random_state, None, None, None, q.shape[1], k.shape[1], 0.0, True, scale=scale
     )
     dq, dk, dv = (x.transpose(1, 2).contiguous() for x in gradients)
     return dq, dk, dv

@@ -161,8 +161,8 @@ def test_adapters_of_the_packages(name: str, bounds: Bounds | None, window: int 
     rows = 4 if bounds is None else 6
     q, k, v, d_out = (torch.randn(2, *shape, 8, generator=generator) for shape in ((4, 6), (rows, 2), (rows, 2), (4, 6)))
     given, exact = (f(q, k, v, bounds, window, 0.3) for f in (library.forward, dense_forward))
-    more = WindowOutput(0.9 * exact.out, exact.lse + torch.rand(exact.lse.shape, generator=generator), given.more)
-    results = [[*r[:2], *f(d_out, q, k, v, more, bounds, window, 0.3)] for r, f in ((given, library.backward), (exact, dense_backward))]
+    larger = WindowOutput(0.9 * exact.out, exact.lse + torch.rand(exact.lse.shape, generator=generator), given.random_state)
+    results = [[*r[:2], *f(d_out, q, k, v, larger, bounds, window, 0.3)] for r, f in ((given, library.backward), (exact, dense_backward))]
     assert given.out.is_contiguous() and given.lse.is_contiguous()
     for mine, wanted in zip(*results, strict=True):
         torch.testing.assert_close(mine, wanted, rtol=1e-6, atol=1e-6)  # the same arithmetic behind other arguments
