@@ -62,7 +62,6 @@ def create_layout(config: RunConfig, device: torch.device) -> Layout:
 
     A process group that exists already is used as it is. Raises ConfigError if the world size does not fit the configuration.
     """
-    cpu_workarounds.enter(device)
     if device.type == "cuda":
         torch.cuda.set_device(device)
     # Longer than the stall watch of training waits: it names the missing rank, a timeout of a collective names the waiting one.
@@ -71,6 +70,7 @@ def create_layout(config: RunConfig, device: torch.device) -> Layout:
         _init_process_group(device, timeout)
     world_size = dist.get_world_size()
     config.check_world(world_size)
+    cpu_workarounds.enter(device)  # not before: what is refused above leaves this process as it was
 
     parallel = config.parallel
     if parallel_state.model_parallel_is_initialized():
